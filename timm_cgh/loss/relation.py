@@ -1,0 +1,167 @@
+"""Relation cross-entropy (Eq. 1-5) and InfoNCE against a memory bank, as pure functions.
+
+Both have their gradient in the forward pass: with z a student embedding, Q its bank, t its temperature, s the softmax of
+z Q^T / t and p the target, dL/dz = (s - p) Q / t. Rows of the batch are independent, so the work goes chunk by chunk and
+nothing of the size (batch, bank) outlives its chunk; autograd keeps one (B, D) gradient. Softmax over the bank is
+float32 (or float64 where the embeddings are), whatever autocast says.
+"""
+from typing import Iterator, Tuple
+
+import torch
+
+__all__ = ['info_nce', 'relation_cross_entropy']
+
+# Values of one (chunk, bank) matrix: enough rows that the bank is read from memory few times, few enough that the
+# chunk's passes stay cheap (CPU) or leave the memory to the network (GPU).
+_CHUNK_VALUES_CPU = 2 ** 21
+_CHUNK_VALUES_GPU = 2 ** 26
+
+
+def _row_chunks(batch: int, bank: int, device: torch.device) -> Iterator[slice]:
+    values = _CHUNK_VALUES_CPU if device.type == 'cpu' else _CHUNK_VALUES_GPU
+    rows = max(16, values // max(bank, 1))
+    return (slice(start, min(start + rows, batch)) for start in range(0, batch, rows))
+
+
+def _check(temp: float, *pairs: Tuple[torch.Tensor, torch.Tensor]) -> None:
+    if not temp > 0:
+        raise ValueError(f'a temperature must be positive, got {temp}')
+    for embeddings, bank in pairs:
+        if embeddings.ndim != 2 or bank.ndim != 2 or embeddings.shape[1] != bank.shape[1]:
+            raise ValueError(f'embeddings {tuple(embeddings.shape)} and bank {tuple(bank.shape)} must be (B, D), (K, D)')
+
+
+def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class _RelationCrossEntropy(torch.autograd.Function):
+    """-> (loss, mean entropy of the target); only the student receives a gradient."""
+
+    @staticmethod
+    def forward(ctx, student, student_bank, teacher, teacher_bank, student_temp, teacher_temp):
+        with torch.autocast(student.device.type, enabled=False):
+            dtype = _working_dtype(student, student_bank, teacher, teacher_bank)
+            z, z_bank = student.to(dtype), student_bank.to(dtype)
+            t, t_bank = teacher.to(dtype), teacher_bank.to(dtype)
+            batch = len(z)
+            needs_grad = ctx.needs_input_grad[0]
+            grad = torch.empty_like(z) if needs_grad else None
+            losses = z.new_empty(batch)
+            entropies = z.new_empty(batch)
+            for rows in _row_chunks(batch, len(z_bank), z.device):
+                log_p = ((t[rows] / teacher_temp) @ t_bank.T).log_softmax(dim=1)  # (b, D) @ (D, K) -> (b, K): Eq. 1, 4
+                p = log_p.exp()
+                entropies[rows] = -torch.linalg.vecdot(p, log_p)
+                del log_p
+                log_s = ((z[rows] / student_temp) @ z_bank.T).log_softmax(dim=1)  # Eq. 2, 4
+                losses[rows] = -torch.linalg.vecdot(p, log_s)  # Eq. 3, 5
+                if needs_grad:
+                    torch.mm(log_s.exp_().sub_(p), z_bank, out=grad[rows])  # (b, K) @ (K, D) -> (b, D)
+            if needs_grad:
+                ctx.save_for_backward(grad.div_(student_temp * batch))
+            ctx.input_dtype = student.dtype
+            entropy = entropies.mean()
+            ctx.mark_non_differentiable(entropy)
+            return losses.mean(), entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad, = ctx.saved_tensors
+        return (grad * grad_loss).to(ctx.input_dtype), None, None, None, None, None
+
+
+def relation_cross_entropy(
+        student: torch.Tensor,
+        student_bank: torch.Tensor,
+        teacher: torch.Tensor,
+        teacher_bank: torch.Tensor,
+        student_temp: float,
+        teacher_temp: float,
+        return_entropy: bool = False,
+):
+    """Cross-entropy between two similarity distributions over a memory bank (Eq. 1-5).
+
+    CE(y1, y2) = -sum_k y2[k] log y1[k] with y1 = softmax(student student_bank^T / student_temp) and
+    y2 = softmax(teacher teacher_bank^T / teacher_temp). Teacher and banks are constants: only the student gets a gradient.
+    Row k of both banks must come from the same image.
+
+    Args:
+        student: (B, D) unit rows
+        student_bank: (K, D) unit rows of the student's context
+        teacher: (B, D') unit rows
+        teacher_bank: (K, D') unit rows of the teacher's context
+        student_temp: temperature of the prediction
+        teacher_temp: temperature of the target
+        return_entropy: give the mean entropy of the targets (nats, at most ln K) as well
+
+    Returns:
+        scalar, mean over the batch in nats; with `return_entropy` the pair (loss, entropy)
+
+    Raises:
+        ValueError: a temperature that is not positive, or shapes that do not fit
+    """
+    _check(student_temp, (student, student_bank))
+    _check(teacher_temp, (teacher, teacher_bank))
+    if len(student) != len(teacher) or len(student_bank) != len(teacher_bank):
+        raise ValueError(
+            f'student and teacher must agree in batch ({len(student)}, {len(teacher)}) and in bank size '
+            f'({len(student_bank)}, {len(teacher_bank)})')
+    loss, entropy = _RelationCrossEntropy.apply(
+        student, student_bank, teacher.detach(), teacher_bank, student_temp, teacher_temp)
+    return (loss, entropy) if return_entropy else loss
+
+
+class _InfoNCE(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, query, key, bank, temp):
+        with torch.autocast(query.device.type, enabled=False):
+            dtype = _working_dtype(query, key, bank)
+            q, k, negatives = query.to(dtype), key.to(dtype), bank.to(dtype)
+            batch = len(q)
+            needs_grad = ctx.needs_input_grad[0]
+            grad = torch.empty_like(q) if needs_grad else None
+            losses = q.new_empty(batch)
+            for rows in _row_chunks(batch, len(negatives), q.device):
+                scaled = q[rows] / temp
+                positive = torch.linalg.vecdot(scaled, k[rows]).unsqueeze(1)
+                log_s = torch.cat([positive, scaled @ negatives.T], dim=1).log_softmax(dim=1)  # (b, 1 + K)
+                losses[rows] = -log_s[:, 0]
+                if needs_grad:
+                    s = log_s.exp_()
+                    torch.mm(s[:, 1:], negatives, out=grad[rows])
+                    # 1 - s_0 as the sum of the others: exact where s_0 is near 1
+                    grad[rows].addcmul_(s[:, 1:].sum(dim=1, keepdim=True), k[rows], value=-1)
+            if needs_grad:
+                ctx.save_for_backward(grad.div_(temp * batch))
+            ctx.input_dtype = query.dtype
+            return losses.mean()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad, = ctx.saved_tensors
+        return (grad * grad_loss).to(ctx.input_dtype), None, None, None
+
+
+def info_nce(query: torch.Tensor, key: torch.Tensor, bank: torch.Tensor, temp: float) -> torch.Tensor:
+    """InfoNCE with one positive and the memory bank as negatives (MoCo; here the warm-up of the relation loss).
+
+    -log(exp(q k / t) / (exp(q k / t) + sum_j exp(q n_j / t))). Key and bank are constants.
+
+    Args:
+        query: (B, D) unit rows of the student
+        key: (B, D) unit rows of the teacher for the same images
+        bank: (K, D) unit rows, the negatives
+        temp: temperature t
+
+    Returns:
+        scalar, mean over the batch in nats
+
+    Raises:
+        ValueError: a temperature that is not positive, or shapes that do not fit
+    """
+    _check(temp, (query, bank), (key, bank))
+    if query.shape != key.shape:
+        raise ValueError(f'query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape')
+    return _InfoNCE.apply(query, key.detach(), bank, temp)

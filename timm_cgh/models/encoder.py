@@ -1,0 +1,158 @@
+"""timm backbone + hypercolumn + heads -> the two contexts of CGH (Sec. 3.2, 3.4)."""
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import FeatureInfo
+
+from timm_cgh.layers import Hypercolumn, Predictor, Projector
+from timm_cgh.loss import Contexts
+
+__all__ = ['ContextEncoder', 'create_backbone', 'default_out_indices']
+
+
+def create_backbone(name: str, img_size: Optional[int] = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model(name, num_classes=0)`, with `img_size` passed on to the models that take one.
+
+    Models with positional embeddings or windows are built for one input size; the others refuse the argument and take
+    any size.
+
+    Args:
+        name: timm model name, also `hf-hub:` and `local-dir:`
+        img_size: side of the training images, px
+        **kwargs: further arguments of `timm.create_model`
+
+    Raises:
+        RuntimeError: timm knows no such model
+    """
+    if not kwargs.get('features_only'):
+        kwargs.setdefault('num_classes', 0)
+    if img_size is not None:
+        try:
+            return timm.create_model(name, img_size=img_size, **kwargs)
+        except TypeError as error:
+            if 'img_size' not in str(error):
+                raise
+    return timm.create_model(name, **kwargs)
+
+
+def default_out_indices(reductions: Sequence[int]) -> Tuple[int, ...]:
+    """Stages of the hypercolumn where none are asked for.
+
+    The last two (Sec. 4.1.1). Where all maps have one resolution, as in plain ViTs, neighbouring blocks are nearly the
+    same context: then four evenly spaced blocks up to the last one.
+
+    Args:
+        reductions: input pixels per map pixel of every map that the backbone offers
+    """
+    depth = len(reductions)
+    if depth > 2 and len(set(reductions)) == 1:
+        count = min(4, depth)
+        return tuple((i + 1) * depth // count - 1 for i in range(count))
+    return tuple(range(-min(2, depth), 0))
+
+
+class ContextEncoder(nn.Module):
+    """Image -> global and hypercolumn embedding, in one pass of a timm backbone (Sec. 3.2, 3.4).
+
+    The global context is the pooled feature that the plain timm model (`num_classes=0`) returns, so every part of the
+    backbone is trained, the layers behind the last stage included, and `encoder.backbone.state_dict()` is the plain
+    model's. A backbone built with `features_only=True` is taken as well: its global context is the average of its last
+    map, its stages are those that it was built with.
+
+    Args:
+        backbone: timm model name, or a timm module
+        out_indices: stages of the hypercolumn, negative ones counted from the last; default the last two, for models of
+            one resolution four evenly spaced blocks (see `default_out_indices`)
+        hidden_dim: hidden width of projectors and predictors
+        embed_dim: width D of the embeddings
+        predictor: put a predictor behind each projector (the `-pred` variant; students only)
+        hyper_norm_layer: normalisation of the hypercolumn
+        hypercolumn: build the hypercolumn and its heads; without them only the global context is given
+        **backbone_kwargs: arguments of `timm.create_model` where `backbone` is a name
+
+    Raises:
+        ValueError: the backbone gives no spatial feature maps, or a stage that is not there is asked for
+    """
+
+    def __init__(
+            self,
+            backbone: Union[str, nn.Module],
+            out_indices: Optional[Sequence[int]] = None,
+            hidden_dim: int = 4096,
+            embed_dim: int = 512,
+            predictor: bool = False,
+            hyper_norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+            hypercolumn: bool = True,
+            **backbone_kwargs: Any,
+    ):
+        super().__init__()
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, **backbone_kwargs)
+        elif backbone_kwargs:
+            raise TypeError(f'{", ".join(backbone_kwargs)}: only where the backbone is given by name')
+        if min(hidden_dim, embed_dim) < 1:
+            raise ValueError(f'hidden_dim and embed_dim must be at least 1, got {hidden_dim} and {embed_dim}')
+        self.backbone = backbone
+        self.features_only = not hasattr(backbone, 'forward_head')
+        if getattr(backbone, 'feature_info', None) is None \
+                or not (self.features_only or hasattr(backbone, 'forward_intermediates')):
+            raise ValueError(f'{type(backbone).__name__} gives no spatial feature maps (no forward_intermediates)')
+
+        if self.features_only:
+            if out_indices is not None:
+                raise ValueError('out_indices of a features_only backbone are those that it was built with')
+            map_chs = backbone.feature_info.channels()
+            global_dim = map_chs[-1]
+        else:
+            info = backbone.feature_info
+            reductions = FeatureInfo(info, 1).reduction(list(range(len(info))))
+            depth = len(reductions)
+            self.out_indices = list(default_out_indices(reductions) if out_indices is None else out_indices)
+            bad = [i for i in self.out_indices if not -depth <= i < depth]
+            if bad or not self.out_indices:
+                raise ValueError(
+                    f'out_indices {tuple(self.out_indices)}: {type(backbone).__name__} has {depth} feature maps, '
+                    f'{-depth} to {depth - 1}')
+            self.out_indices = sorted(i % depth for i in self.out_indices)  # timm gives maps in network order
+            map_chs = [info[i]['num_chs'] for i in self.out_indices]
+            global_dim = backbone.head_hidden_size
+
+        self.projector = Projector(global_dim, hidden_dim, embed_dim)
+        self.predictor = Predictor(embed_dim, hidden_dim) if predictor else nn.Identity()
+        self.hypercolumn = None
+        if hypercolumn:
+            self.hypercolumn = Hypercolumn(map_chs, global_dim, norm_layer=hyper_norm_layer)
+            self.hyper_projector = Projector(global_dim, hidden_dim, embed_dim)
+            self.hyper_predictor = Predictor(embed_dim, hidden_dim) if predictor else nn.Identity()
+        self.embed_dim = embed_dim
+
+    def forward_contexts(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """(B, C, H, W) normalised images -> (B, d) global context h^g and the (B, C_l, H_l, W_l) maps."""
+        if self.features_only:
+            maps = self.backbone(x)
+            maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
+            if getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':
+                maps = [m.permute(0, 3, 1, 2) for m in maps]
+            return maps[-1].mean(dim=(2, 3)), maps
+        if self.hypercolumn is None:
+            return self.backbone(x), []
+        final, maps = self.backbone.forward_intermediates(x, indices=self.out_indices, output_fmt='NCHW')
+        return self.backbone.forward_head(final, pre_logits=True), maps
+
+    def forward(self, x: torch.Tensor) -> Contexts:
+        """(B, C, H, W) normalised images -> `Contexts` of (B, embed_dim) float32 unit rows."""
+        context, maps = self.forward_contexts(x)
+        global_embed = F.normalize(self.predictor(self.projector(context)).float(), dim=1)
+        if self.hypercolumn is None:
+            return Contexts(global_embed)
+        hyper = self.hyper_predictor(self.hyper_projector(self.hypercolumn(maps)))
+        return Contexts(global_embed, F.normalize(hyper.float(), dim=1))
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """Parameter names that the backbone wants free of weight decay (timm's optimiser factory asks for them)."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
+        return {f'backbone.{name}' for name in names}

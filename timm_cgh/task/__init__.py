@@ -1,0 +1,1 @@
+from .cgh import CGHTask, create_task

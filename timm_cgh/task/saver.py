@@ -1,0 +1,105 @@
+"""Checkpoints that survive a kill at any moment and resume at the very step (timm's file names)."""
+import argparse
+import glob
+import logging
+import os
+from typing import Any, Dict, Optional
+
+import torch
+from timm.utils import CheckpointSaver
+from timm.utils.model import unwrap_model
+
+from .cgh import CGHTask
+
+__all__ = ['RunSaver', 'find_resume', 'read_checkpoint']
+
+_logger = logging.getLogger('train')
+
+
+def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
+    """A checkpoint of a pre-training run, by `torch.load(weights_only=True)`.
+
+    Raises:
+        ValueError: no such file, not readable, or not a checkpoint of a pre-training run; one line naming the file
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'--resume {path}: no such file')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever a broken or foreign file may make the reader raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f'--resume {path}: not a readable checkpoint ({reason[:200]})') from error
+    if not isinstance(state, dict) or 'task_state' not in state or 'progress' not in state:
+        raise ValueError(
+            f'--resume {path}: not a checkpoint of a CGH pre-training run (weights go to --initial-checkpoint)')
+    return state
+
+
+def find_resume(folder: str) -> Optional[str]:
+    """The most advanced readable checkpoint of a run's folder, `last` or a recovery file; None where there is none."""
+    best, best_at = None, None
+    for path in [os.path.join(folder, 'last.pth.tar'), *glob.glob(os.path.join(folder, 'recovery-*.pth.tar'))]:
+        if not os.path.exists(path):
+            continue
+        try:
+            progress = read_checkpoint(path, mmap=True)['progress']
+        except ValueError as error:
+            _logger.warning(f'passed over: {error}')
+            continue
+        at = (progress['epoch'], progress['batch'])
+        if best is None or at > best_at:
+            best, best_at = path, at
+    return best
+
+
+class RunSaver(CheckpointSaver):
+    """timm's `CheckpointSaver` with renames that never leave a name without its file, and the place in the run.
+
+    `progress` is stored with every checkpoint: `epoch` and `batch` (where to go on, counted from 0), `num_updates`, and
+    what else the loop puts there. Recovery files go when the epoch's own checkpoint is written.
+
+    Args:
+        task: the task whose state is saved
+        **kwargs: see `timm.utils.CheckpointSaver`
+    """
+
+    def __init__(self, task: CGHTask, **kwargs: Any):
+        # timm asks `task` for the entries of a checkpoint: the saver answers itself, to add `progress`
+        super().__init__(model=task.student.backbone, task=self, **kwargs)
+        self.run_task = task
+        self.progress: Dict[str, Any] = {}
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn=unwrap_model) -> Dict[str, Any]:
+        state = self.run_task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
+        return state if ema else {**state, 'progress': self.progress}
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)  # timm unlinks dst first: a kill between the two would leave no checkpoint
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        beside = f'{dst}.tmp'
+        if os.path.exists(beside):
+            os.unlink(beside)
+        super()._duplicate(src, beside)
+        os.replace(beside, dst)
+
+    def save_checkpoint(self, epoch: int, metric: Optional[float] = None):
+        best = super().save_checkpoint(epoch, metric)
+        for path in glob.glob(os.path.join(self.recovery_dir, f'{self.recovery_prefix}-*{self.extension}')):
+            os.unlink(path)
+        self.curr_recovery_file = self.prev_recovery_file = ''
+        return best
+
+    def restore(self, state: Dict[str, Any]) -> None:
+        """Take up the ranking of checkpoints where `state`, read from this run's folder, left it."""
+        saver = state.get('saver')
+        if saver is None:
+            return
+        epoch, metric = saver['pending']
+        self.load_state_dict(saver)
+        last = os.path.join(self.checkpoint_dir, 'last' + self.extension)
+        # killed after `last` was in place and before its copies were: make them now
+        if epoch is not None and metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+            self.best_epoch, self.best_metric = epoch, metric
+            self._duplicate(last, os.path.join(self.checkpoint_dir, 'model_best' + self.extension))

@@ -10,7 +10,7 @@ from timm.models import FeatureInfo
 from timm_cgh.layers import Hypercolumn, Predictor, Projector
 from timm_cgh.loss import Contexts
 
-__all__ = ['ContextEncoder', 'create_backbone', 'default_out_indices']
+__all__ = ['ContextEncoder', 'create_backbone', 'default_out_indices', 'is_features_only']
 
 
 def create_backbone(name: str, img_size: Optional[int] = None, **kwargs: Any) -> nn.Module:
@@ -36,6 +36,11 @@ def create_backbone(name: str, img_size: Optional[int] = None, **kwargs: Any) ->
             if 'img_size' not in str(error):
                 raise
     return timm.create_model(name, **kwargs)
+
+
+def is_features_only(backbone: nn.Module) -> bool:
+    """Whether a timm module gives a list of maps (built with `features_only=True`) rather than a pooled feature."""
+    return hasattr(getattr(backbone, 'feature_info', None), 'channels')  # plain models hold a list of dicts there
 
 
 def default_out_indices(reductions: Sequence[int]) -> Tuple[int, ...]:
@@ -96,7 +101,7 @@ class ContextEncoder(nn.Module):
         if min(hidden_dim, embed_dim) < 1:
             raise ValueError(f'hidden_dim and embed_dim must be at least 1, got {hidden_dim} and {embed_dim}')
         self.backbone = backbone
-        self.features_only = not hasattr(backbone, 'forward_head')
+        self.features_only = is_features_only(backbone)
         if getattr(backbone, 'feature_info', None) is None \
                 or not (self.features_only or hasattr(backbone, 'forward_intermediates')):
             raise ValueError(f'{type(backbone).__name__} gives no spatial feature maps (no forward_intermediates)')

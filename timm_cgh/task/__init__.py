@@ -1,1 +1,3 @@
 from .cgh import CGHTask, create_task
+from .meter import Meter
+from .saver import RunSaver, find_resume, read_checkpoint

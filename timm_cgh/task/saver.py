@@ -99,7 +99,10 @@ class RunSaver(CheckpointSaver):
         epoch, metric = saver['pending']
         self.load_state_dict(saver)
         last = os.path.join(self.checkpoint_dir, 'last' + self.extension)
-        # killed after `last` was in place and before its copies were: make them now
-        if epoch is not None and metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+        if metric is None:
+            return
+        # killed when `last` was in place and `model_best` not yet: make it now
+        if self.best_metric is None or self.cmp(metric, self.best_metric):
             self.best_epoch, self.best_metric = epoch, metric
+        if self.best_epoch == epoch:
             self._duplicate(last, os.path.join(self.checkpoint_dir, 'model_best' + self.extension))

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""What a CGH step costs beside the bare backbone.
+
+    python benchmark.py step --model resnet18 --img-size 64 --batch-size 64 --bank-size 16384
+
+`floor` is student forward + backward + SGD and teacher forward, nothing else, with torch's own defaults. Both are timed in
+turn in one process; the figure to quote is the median of the ratios.
+"""
+import copy
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+from timm_cgh import create_task
+from timm_cgh.arguments import Parser, at_least_one
+from timm_cgh.models import create_backbone
+
+
+def timed(step, device, repeats):
+    """Seconds per call, over `repeats` calls."""
+    synchronize = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronize()
+    return (time.perf_counter() - began) / repeats
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, dtype=torch.bfloat16) if args.amp else nullcontext()
+
+
+def floor_step(args, device, images):
+    student = create_backbone(args.model, img_size=args.img_size).to(device).train()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    if args.channels_last:
+        student.to(memory_format=torch.channels_last)
+        teacher.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def step():
+        with autocast(args, device):
+            with torch.no_grad():
+                teacher(images)
+            loss = student(images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def cgh_step(args, device, images):
+    task = create_task(args.model, context=args.context, bank_size=args.bank_size, img_size=args.img_size)
+    task.to(device)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if args.torchcompile:
+        task.compile()
+    optimizer = create_optimizer_v2(task.student, 'momentum', lr=0.01, weight_decay=1e-4, foreach=True)
+
+    def step():
+        with autocast(args, device):
+            loss = task([images, images])['loss']
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema()
+
+    return step
+
+
+def parse():
+    parser = Parser(description=__doc__)
+    parser.add_argument('what', choices=('step',))
+    parser.add_argument('--model', default='resnet18')
+    parser.add_argument('--img-size', type=at_least_one, default=64)
+    parser.add_argument('--batch-size', type=at_least_one, default=64)
+    parser.add_argument('--bank-size', type=at_least_one, default=16384)
+    parser.add_argument('--context', default='cross')
+    parser.add_argument('--turns', type=at_least_one, default=7)
+    parser.add_argument('--repeats', type=at_least_one, default=5, help='steps per turn')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--amp', action='store_true', help='bfloat16')
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--torchcompile', action='store_true')
+    parser.add_argument('--json', metavar='FILE')
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    if args.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    steps = {'floor': floor_step(args, device, images), 'cgh': cgh_step(args, device, images)}
+    for step in steps.values():
+        timed(step, device, 2)  # warm up
+    seconds = {name: [] for name in steps}
+    for _ in range(args.turns):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, device, args.repeats))
+    ratio = statistics.median(c / f for c, f in zip(seconds['cgh'], seconds['floor']))
+    peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = dict(
+        vars(args),
+        floor_ms=1000 * statistics.median(seconds['floor']),
+        cgh_ms=1000 * statistics.median(seconds['cgh']),
+        ratio=ratio,
+        images_per_s=args.batch_size / statistics.median(seconds['cgh']),
+        peak_memory_mib=peak / 2 ** 20,
+        processor=torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+    )
+    print(f"{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: step {result['cgh_ms']:.1f} ms, "
+          f"floor {result['floor_ms']:.1f} ms, ratio {ratio:.2f}, {result['images_per_s']:.1f} images/s, "
+          f"peak {result['peak_memory_mib']:.0f} MiB")
+    if args.json:
+        with open(args.json, 'w', encoding='utf-8') as file:
+            json.dump(result, file, indent=2)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

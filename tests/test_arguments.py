@@ -1,0 +1,77 @@
+import pytest
+
+from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
+
+
+@pytest.fixture
+def parser():
+    parser = Parser(prog='train.py')
+    parser.add_argument('--config')
+    parser.add_argument('--epochs', type=at_least_one, default=200)
+    parser.add_argument('--lr', type=non_negative)
+    parser.add_argument('--momentum', type=fraction, default=0.9)
+    parser.add_argument('--scale', nargs=2, type=positive, default=[0.2, 1.0])
+    parser.add_argument('--out-indices', nargs='+', type=int)
+    parser.add_argument('--context', choices=('cross', 'same'), default='cross')
+    parser.add_argument('--amp', action='store_true')
+    parser.add_argument('--workers', type=natural, default=4)
+    return parser
+
+
+def write(tmp_path, text):
+    path = tmp_path / 'c.yaml'
+    path.write_text(text)
+    return str(path)
+
+
+def test_command_line_overrides_file_overrides_default(parser, tmp_path):
+    path = write(tmp_path, 'epochs: 10\nlr: 1e-3\nscale: [0.5, 1]\nout_indices: [-2, -1]\namp: true\n')
+    args = parser.parse(['--config', path, '--epochs', '3'])
+    assert (args.epochs, args.lr, args.scale, args.out_indices, args.amp) == (3, 1e-3, [0.5, 1.0], [-2, -1], True)
+
+
+def test_default_config_is_used_only_where_wanted(parser, tmp_path):
+    path = write(tmp_path, 'epochs: 10\n')
+    assert parser.parse([], default_config=path, wants_default=lambda a: True).epochs == 10
+    assert parser.parse([], default_config=path, wants_default=lambda a: False).epochs == 200
+    assert parser.parse(['--epochs', '3'], default_config=path, wants_default=lambda a: True).epochs == 3
+
+
+@pytest.mark.parametrize('text,named', [
+    ('epoch: 3\n', 'epoch'),
+    ('epochs: 0\n', 'epochs'),
+    ('epochs: many\n', 'epochs'),
+    ('epochs: [1, 2]\n', 'epochs'),
+    ('momentum: 1.5\n', 'momentum'),
+    ('scale: 0.5\n', 'scale'),
+    ('scale: [0.5]\n', 'scale'),
+    ('scale: [-1, 1]\n', 'scale'),
+    ('context: both\n', 'context'),
+    ('amp: maybe\n', 'amp'),
+    ('- epochs\n', 'name: value'),
+    ('epochs: [\n', 'c.yaml'),
+])
+def test_bad_files_end_in_one_line_and_code_2(parser, tmp_path, capsys, text, named):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse(['--config', write(tmp_path, text)])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and named in message and message.count('\n') == 1
+
+
+@pytest.mark.parametrize('argv', [
+    ['--epochs', '0'],
+    ['--epochs', '2.5'],
+    ['--lr', 'nan'],
+    ['--lr', '-1'],
+    ['--momentum', 'inf'],
+    ['--scale', '0', '1'],
+    ['--workers', '-1'],
+    ['--context', 'both'],
+    ['--config', 'missing.yaml'],
+    ['--epcohs', '1'],
+])
+def test_bad_command_lines_end_in_one_line_and_code_2(parser, capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse(argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and argv[0] in message and message.count('\n') == 1

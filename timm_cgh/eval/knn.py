@@ -1,0 +1,137 @@
+"""Weighted k-nearest-neighbour classification of frozen features (evaluation protocol of Sec. 4)."""
+from typing import Dict, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['best_knn', 'knn_accuracy', 'knn_predict']
+
+
+def _rank_key(similarity: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """int64 keys, all different in a row, in the order of float32 similarity; of equals the lower index is the greater."""
+    bits = (similarity + 0.0).view(torch.int32)  # + 0.0: one zero instead of two
+    bits = bits ^ ((bits >> 31) & 0x7fffffff)  # IEEE floats, read as integers, run backwards below zero
+    return (bits.long() << 32) | (0x7fffffff - index)
+
+
+def _nearest(query: torch.Tensor, train: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Similarity and index (M, k) of the nearest rows of `train`, nearest first, lower index first among equals."""
+    similarity = query @ train.T  # (M, D) @ (D, N) -> (M, N)
+    values, index = similarity.topk(k, dim=1)
+    # topk takes any of the rows that are level at the k-th place: where more are level than fit, choose by index
+    tied = (similarity >= values[:, -1:]).sum(dim=1) > k
+    if tied.any():
+        every = torch.arange(len(train), device=train.device)
+        index[tied] = _rank_key(similarity[tied], every).topk(k, dim=1).indices
+    order = _rank_key(similarity.gather(1, index), index).argsort(dim=1, descending=True)
+    index = index.gather(1, order)
+    return similarity.gather(1, index), index
+
+
+def _unit_rows(features: torch.Tensor, name: str) -> torch.Tensor:
+    features = features.float()
+    if not features.isfinite().all():
+        raise ValueError(f'{name} are not finite: the network has diverged')
+    return F.normalize(features, dim=1)
+
+
+def _fitting(ks: Sequence[int], count: int) -> Tuple[int, ...]:
+    if not ks or min(ks) < 1:
+        raise ValueError(f'k must be at least 1, got {tuple(ks)}')
+    return tuple(sorted({k for k in ks if k <= count})) or (count,)
+
+
+@torch.no_grad()
+def knn_predict(
+        train_features: torch.Tensor,
+        train_labels: torch.Tensor,
+        test_features: torch.Tensor,
+        ks: Sequence[int] = (10, 20, 100, 200),
+        temperature: float = 0.07,
+        chunk: int = 256,
+) -> Dict[int, torch.Tensor]:
+    """Vote of the k nearest training images by cosine similarity, weighted by exp(similarity / temperature).
+
+    Exact. Among equally similar images the earlier is the nearer, among classes with equal votes the smaller label wins.
+
+    Args:
+        train_features: (N, D) features, normalised here; where they are is where the work is done
+        train_labels: (N,) labels, any integers
+        test_features: (M, D) features
+        ks: numbers of neighbours; those above N are left out, and N itself is taken where none is left
+        temperature: of the vote
+        chunk: test images at a time, which bounds memory to about chunk * N similarities
+
+    Returns:
+        k -> (M,) predicted labels, on the CPU
+
+    Raises:
+        ValueError: no training image, features that are not finite, sizes that do not match, a k below 1, a temperature
+            that is not positive
+    """
+    if temperature <= 0:
+        raise ValueError(f'temperature must be positive, got {temperature}')
+    if not len(train_features):
+        raise ValueError('no training features to search')
+    if len(train_features) != len(train_labels):
+        raise ValueError(f'{len(train_features)} training features, but {len(train_labels)} labels')
+    ks = _fitting(ks, len(train_features))
+    train = _unit_rows(train_features, 'training features')
+    test = _unit_rows(test_features, 'test features').to(train.device)
+    classes, class_index = train_labels.cpu().unique(return_inverse=True)
+
+    predictions = {k: [] for k in ks}
+    for query in test.split(chunk):
+        similarity, index = _nearest(query, train, ks[-1])
+        # votes are counted on the CPU in float64: a GPU adds them in any order, and a tie would fall either way
+        similarity, voter = similarity.cpu().double(), class_index[index.cpu()]
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
+        votes = weight.new_zeros(len(query), len(classes))
+        done = 0
+        for k in ks:
+            votes.scatter_add_(1, voter[:, done:k], weight[:, done:k])
+            predictions[k].append(classes[votes.argmax(dim=1)])  # argmax gives the first maximum
+            done = k
+    return {k: torch.cat(v) if v else classes.new_empty(0) for k, v in predictions.items()}
+
+
+def knn_accuracy(
+        train_features: torch.Tensor,
+        train_labels: torch.Tensor,
+        test_features: torch.Tensor,
+        test_labels: torch.Tensor,
+        ks: Sequence[int] = (10, 20, 100, 200),
+        temperature: float = 0.07,
+        chunk: int = 256,
+) -> Dict[int, float]:
+    """Top-1 accuracy of `knn_predict`. Images without a label (below 0) are left out, on both sides.
+
+    Args:
+        train_features, train_labels: (N, D), (N,)
+        test_features, test_labels: (M, D), (M,)
+        ks, temperature, chunk: see `knn_predict`
+
+    Returns:
+        k -> top-1 accuracy in percent
+
+    Raises:
+        ValueError: see `knn_predict`; no labelled image on one of the sides
+    """
+    if len(test_features) != len(test_labels):
+        raise ValueError(f'{len(test_features)} test features, but {len(test_labels)} labels')
+    if (train_labels < 0).any():
+        labelled = train_labels >= 0
+        train_features, train_labels = train_features[labelled.to(train_features.device)], train_labels[labelled]
+    if (test_labels < 0).any():
+        labelled = test_labels >= 0
+        test_features, test_labels = test_features[labelled.to(test_features.device)], test_labels[labelled]
+    if not len(test_labels):
+        raise ValueError('no labelled test image')
+    predictions = knn_predict(train_features, train_labels, test_features, ks, temperature, chunk)
+    truth = test_labels.cpu()
+    return {k: 100 * (predicted == truth).sum().item() / len(truth) for k, predicted in predictions.items()}
+
+
+def best_knn(accuracy: Dict[int, float]) -> Tuple[int, float]:
+    """The k of the best accuracy (the smallest such) and that accuracy: the figure that is reported (Sec. 4)."""
+    return max(sorted(accuracy.items()), key=lambda item: item[1])

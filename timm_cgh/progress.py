@@ -1,0 +1,76 @@
+"""How a run talks to the person before the screen, and how it is asked to stop."""
+import logging
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+__all__ = ['Progress', 'StopRequest']
+
+_logger = logging.getLogger('train')
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask for a clean end; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.signum = 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum, _):
+        self.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was asked; in DDP, all must call."""
+        if dist.is_available() and dist.is_initialized():
+            flag = torch.tensor(float(self.signum), device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.signum = int(flag)
+        return self.signum != 0
+
+
+class Progress:
+    """One epoch's progress: a bar on a terminal, lines elsewhere.
+
+    Args:
+        epoch, epochs: which epoch, counted from 0, of how many
+        start, steps: first batch of this sitting, batches of an epoch
+        batch_size: images per batch, of all processes
+        silent: say nothing (all processes but the first)
+    """
+
+    def __init__(self, epoch: int, epochs: int, start: int, steps: int, batch_size: int, silent: bool = False):
+        self.epoch, self.epochs, self.start, self.steps, self.batch_size = epoch, epochs, start, steps, batch_size
+        self.silent = silent
+        self.began = time.perf_counter()
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=f'epoch {epoch}',
+            unit='batch',
+            leave=False,
+            disable=silent or not sys.stderr.isatty(),
+        )
+
+    def images_per_second(self, done: int) -> float:
+        """Rate of this sitting, after `done` batches of the epoch."""
+        return (done - self.start) * self.batch_size / (time.perf_counter() - self.began)
+
+    def report(self, done: int, loss: float, lr: float, knn: Optional[float]) -> None:
+        """Say how far it is, with the mean loss of the epoch so far."""
+        rate = self.images_per_second(done)
+        left = (self.epochs - self.epoch) * self.steps - done
+        eta = timedelta(seconds=round(left * self.batch_size / rate))
+        knn_text = '' if knn is None else f', kNN {knn:.1f} %'
+        self.bar.set_postfix_str(f'{rate:.0f} images/s, ETA {eta}, loss {loss:.3f}{knn_text}')
+        if self.bar.disable and not self.silent:
+            _logger.info(
+                f'epoch {self.epoch} [{done}/{self.steps}] loss {loss:.4f}, lr {lr:.3g}, {rate:.1f} images/s, ETA {eta}'
+                f'{knn_text}')

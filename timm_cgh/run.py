@@ -1,0 +1,150 @@
+"""From the arguments of `train.py` to the parts of a run."""
+import argparse
+import difflib
+import logging
+import math
+import os
+import tempfile
+from datetime import datetime
+from typing import Any, Dict, Optional, Tuple
+
+import timm
+import torch.distributed as dist
+import torch.nn as nn
+
+from timm_cgh.errors import InputError, blame
+from timm_cgh.hub import load_weights
+from timm_cgh.models import create_backbone
+from timm_cgh.task import CGHTask, create_task, find_resume
+
+__all__ = ['build_task', 'choose_settings', 'open_run_folder', 'order_of', 'resolve_data_config', 'warn_if_collapsed']
+
+_logger = logging.getLogger('train')
+
+
+def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
+    """Backbone from timm, with the weights to start from, and the CGH task around it; also timm's arguments for it."""
+    name = args.model
+    if ':' not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
+        raise InputError(f"--model {name}: timm has no such model{', did you mean ' + ', '.join(near) + '?' if near else ''}")
+    options = dict(args.model_kwargs, in_chans=args.in_chans)
+    if args.drop_path is not None:
+        options['drop_path_rate'] = args.drop_path
+    wrapper = dict(features_only=True, out_indices=args.out_indices or (-2, -1)) if args.features_only else {}
+    with blame('--model', name):
+        backbone = create_backbone(name, img_size=args.img_size, pretrained=args.pretrained, **options, **wrapper)
+    if args.initial_checkpoint:
+        with blame('--initial-checkpoint', args.initial_checkpoint):
+            load_weights(backbone, args.initial_checkpoint)
+    if args.grad_checkpointing:
+        with blame('--grad-checkpointing', ''):
+            getattr(backbone, 'model', backbone).set_grad_checkpointing(True)
+    norms = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
+    with blame('--model', name):
+        task = create_task(
+            backbone,
+            context=args.context,
+            bank_size=args.bank_size,
+            momentum=args.momentum_teacher,
+            shuffle_bn=args.shuffle_bn,
+            out_indices=None if args.features_only else args.out_indices,
+            hidden_dim=args.hidden_dim,
+            embed_dim=args.embed_dim,
+            predictor=args.predictor,
+            hyper_norm_layer=norms[args.hyper_norm],
+            temp_student=args.temp_student,
+            temp_teacher=args.temp_teacher,
+            temp_hyper=args.temp_hyper,
+            temp_hyper_teacher=args.temp_hyper_teacher,
+            relation_weight=args.relation_weight,
+            contrast_temp=args.contrast_temp,
+        )
+    return task, options
+
+
+def resolve_data_config(args: argparse.Namespace, cfg: Dict[str, Any]) -> Dict[str, Any]:
+    """Size and normalisation of the images: the command line's, else the model's own."""
+    size = args.img_size or cfg['input_size'][-1]
+    config = dict(input_size=(args.in_chans, size, size), interpolation=args.train_interpolation)
+    for name in ('mean', 'std'):
+        values = list(getattr(args, name) or cfg[name])
+        if len(values) != args.in_chans:
+            if len(values) > 1 and getattr(args, name):
+                raise InputError(f'--{name}: {len(values)} values for --in-chans {args.in_chans}')
+            values = [sum(values) / len(values)] * args.in_chans  # grey images: the average of the colours
+        config[name] = tuple(values)
+    return config
+
+
+def default_bank_size(num_images: int) -> int:
+    """The paper's 131072 on ImageNet-1k and 4096 on CIFAR-10: a power of two, at most an eighth of the images."""
+    return min(131072, 2 ** int(math.log2(max(1, num_images // 8))))
+
+
+def choose_settings(args: argparse.Namespace, num_images: int) -> None:
+    """Refuse settings that would train nothing, or not what was meant; choose what was left open, and say so."""
+    auto = min(5.0, args.epochs / 4)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = auto
+    if args.contrast_warmup_epochs is None:
+        args.contrast_warmup_epochs = 0.0 if args.context == 'global' else auto
+    for flag, value in (('warmup', args.warmup_epochs), ('contrast-warmup', args.contrast_warmup_epochs)):
+        if value >= args.epochs:
+            raise InputError(f'--{flag}-epochs {value:g}: as long as the run (--epochs {args.epochs}), take less')
+    if args.bank_size is None:
+        args.bank_size = default_bank_size(num_images)
+        _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images (--bank-size)')
+    elif args.bank_size > num_images:
+        raise InputError(
+            f'--bank-size {args.bank_size}: larger than the data set ({num_images} images), every image would sit in it '
+            f'several times; {default_bank_size(num_images)} would do')
+    ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+    if args.lr is None:
+        args.lr = args.lr_base * (ratio if args.lr_base_scale == 'linear' else math.sqrt(ratio))
+    for name in ('scale', 'ratio', 'weak_scale', 'gaussian_blur_sigma'):
+        low_high = getattr(args, name)
+        if low_high and low_high[0] > low_high[1]:
+            raise InputError(f"--{name.replace('_', '-')} {low_high[0]:g} {low_high[1]:g}: the first must not exceed the second")
+
+
+def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[str]]:
+    """Folder of the run, and the checkpoint to go on from, if any."""
+    if args.resume == 'auto' and not args.experiment:
+        raise InputError('--resume auto: say which run with --experiment NAME')
+    started = datetime.now().strftime('%Y%m%d-%H%M%S')
+    name = args.experiment or f"{started}-{args.model.replace('/', '_').replace(':', '_')}-{size}"
+    if dist.is_initialized():  # the clocks of two nodes may differ
+        names = [name]
+        dist.broadcast_object_list(names, src=0)
+        name, = names
+    folder = os.path.join(args.output, name)
+    resume = find_resume(folder) if args.resume == 'auto' else args.resume
+    if not args.resume and os.path.exists(os.path.join(folder, 'last.pth.tar')):
+        raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f'--output {args.output}: cannot write to {folder} ({error.strerror})') from error
+    return folder, resume
+
+
+def order_of(args: argparse.Namespace, steps: int) -> Dict[str, int]:
+    """What the order of the batches depends on: a checkpoint in the middle of an epoch holds for this order alone."""
+    return dict(seed=args.seed, steps=steps, batch_size=args.batch_size, world_size=args.world_size)
+
+
+def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
+    """Say so when the averages of an epoch are those of a representation that has collapsed, or learns nothing."""
+    for name in ('global', 'hyper'):
+        std, entropy = row.get(f'train_std_{name}'), row.get(f'train_entropy_{name}')
+        if std is not None and std < 0.05:
+            _logger.warning(
+                f'The {name} embeddings are nearly one point (standard deviation {std:.3f} of 1): the representation has '
+                f'collapsed. A lower learning rate, a longer --warmup-epochs or --contrast-warmup-epochs may help.')
+        if entropy is not None and math.log(bank_size) - entropy < 0.02:
+            _logger.warning(
+                f'The {name} target is flat over the bank (entropy {entropy:.2f} of at most {math.log(bank_size):.2f}): it '
+                f'tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may help.')

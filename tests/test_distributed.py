@@ -1,0 +1,41 @@
+"""Two gloo processes on one machine."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def run(out, processes, *args):
+    worker = os.path.join(HERE, 'distributed_worker.py')
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
+    env = dict(os.environ, PYTHONPATH=os.path.dirname(HERE), OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, *launch, worker, str(out), *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(f'{out}-{processes}-{rank}.pt', weights_only=True) for rank in range(processes)]
+
+
+def check_ranks_agree(first, second, buffers=True):
+    for part in ('student', 'teacher', 'banks'):
+        for name, value in first[part].items():
+            if torch.is_tensor(value) and (buffers or 'running' not in name):
+                assert torch.equal(value, second[part][name]), f'{part} {name}'
+
+
+@pytest.mark.parametrize('mode', ['plain', 'shuffle'])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
+    two = run(tmp_path / 'run', 2, 'convnext_atto', mode, 20)
+    check_ranks_agree(*two)
+    one, = run(tmp_path / 'run', 1, 'convnext_atto', mode, 20)
+    # rank 0's start is the single process's: prepare_distributed made it everyone's
+    torch.testing.assert_close(torch.tensor(two[0]['losses']), torch.tensor(one['losses']), rtol=1e-4, atol=1e-4)
+    for name, bank in one['banks'].items():
+        torch.testing.assert_close(two[0]['banks'][name], bank, rtol=1e-3, atol=1e-3)
+
+
+def test_batch_norm_network_stays_equal_on_both_processes(tmp_path):
+    check_ranks_agree(*run(tmp_path / 'run', 2, 'resnet10t', 'norms', 5), buffers=False)

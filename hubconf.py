@@ -42,7 +42,7 @@ def cgh_resnet50(pretrained=False, **kwargs):
 
 
 def cgh(backbone=None, checkpoint=None, **kwargs):
-    """Any timm model, with weights from anywhere that a CGH backbone is kept; no classifier unless num_classes is given.
+    """Any timm model, with weights from wherever a CGH backbone is kept; no classifier unless num_classes asks for one.
 
     Args:
         backbone: timm model name; by default the one that the checkpoint's config.json names, else 'resnet50'
@@ -73,7 +73,7 @@ def cgh(backbone=None, checkpoint=None, **kwargs):
         _check_architecture(backbone, _json.loads(config.read_text(encoding='utf-8'))['architecture'], path)
         return _timm.create_model(f'local-dir:{path}', pretrained=True, **kwargs)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' does not exist: give a file, an export folder or hf-hub:owner/name")
+        raise FileNotFoundError(f"checkpoint '{path}' does not exist: give a file, a folder or hf-hub:owner/name")
     model = _timm.create_model(backbone or 'resnet50', **kwargs)
     _timm.models.load_checkpoint(model, str(path))  # safetensors, or torch.load(weights_only=True)
     return model

@@ -13,6 +13,9 @@ import os
 import signal
 import sys
 
+# On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
 import torch
 import torch.distributed as dist
 import yaml
@@ -22,7 +25,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
-from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, open_dataset, open_eval_datasets, two_views
+from timm_cgh.data import (
+    ViewsToDevice, create_view_loader, image_mode, is_stream, open_dataset, open_eval_datasets, two_views)
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval.monitor import KnnMonitor
 from timm_cgh.files import atomic_write
@@ -285,6 +289,7 @@ def main():
         ),
         batch_size=args.batch_size,
         seed=args.seed,
+        mode=image_mode(args.in_chans),
         workers=args.workers,
         rank=args.rank,
         world_size=args.world_size,

@@ -42,7 +42,8 @@ def picture(path):
 
 
 def test_curves_are_a_png_of_decent_size(tmp_path):
-    assert save_curves(run(30), tmp_path / 'curves.png', title='a run', knn_levels={'untrained': 34., 'raw pixels': 39.})
+    levels = {'untrained': 34., 'raw pixels': 39.}
+    assert save_curves(run(30), tmp_path / 'curves.png', title='a run', knn_levels=levels)
     height, width = picture(tmp_path / 'curves.png').shape[:2]
     assert width >= 1000 and height >= 600
     assert os.listdir(tmp_path) == ['curves.png']

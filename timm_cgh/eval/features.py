@@ -82,7 +82,7 @@ def create_eval_loader(
     if chans not in (1, 3):
         raise ValueError(f'images have 1 or 3 channels, input_size asks for {chans}')
     if not len(data_config['mean']) == len(data_config['std']) == chans:
-        raise ValueError(f"{chans} channels need as many means and stds, got {data_config['mean']}, {data_config['std']}")
+        raise ValueError(f"{chans} channels, but mean {data_config['mean']} and std {data_config['std']}: one per channel")
     stream = isinstance(dataset, IterableDataset)
     if stream and hasattr(dataset, 'set_loader_cfg'):
         dataset = copy.copy(dataset)
@@ -111,7 +111,7 @@ def _pooled(output: Any, model: nn.Module) -> torch.Tensor:
     if isinstance(output, (list, tuple)):
         output = output[-1].mean(dim=(1, 2) if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else (2, 3))
     if output.ndim != 2:
-        raise ValueError(f'expected a pooled feature (B, D), got {tuple(output.shape)}: build the model with its pooling')
+        raise ValueError(f"expected a pooled feature (B, D), got {tuple(output.shape)}: keep the model's pooling")
     return output
 
 
@@ -127,7 +127,8 @@ def extract_features(
     Model (each module's own training flag included) and the CPU's random state are as before when this returns.
 
     Args:
-        model: timm model without classifier (`num_classes=0`), on `device`; of a `features_only` one the last map's average
+        model: timm model without classifier (`num_classes=0`), on `device`; one built with `features_only` gives the
+            average of its last map
         loader: batches of normalised images and labels
         device: where the model is
         amp_dtype: run under autocast to this type
@@ -140,13 +141,13 @@ def extract_features(
         ValueError: the model has a classifier or does not pool, or the loader is empty
     """
     if getattr(model, 'num_classes', 0):
-        raise ValueError(f'features come before the classifier: build the model with num_classes=0, not {model.num_classes}')
+        raise ValueError(f'features need a model without classifier: num_classes=0, not {model.num_classes}')
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     training = [(module, module.training) for module in model.modules()]
     features, labels = [], []
     try:
-        model.train().eval()  # through train(): LeViT and others then drop what they cached of older weights
+        model.eval()  # also makes LeViT and others drop what they cached of older weights
         # a data loader draws from the global generator: an evaluation must not change what training draws next
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for images, target in loader:

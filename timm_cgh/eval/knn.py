@@ -8,7 +8,7 @@ __all__ = ['best_knn', 'knn_accuracy', 'knn_predict']
 
 
 def _rank_key(similarity: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """int64 keys, all different in a row, in the order of float32 similarity; of equals the lower index is the greater."""
+    """int64 keys, all different in a row, ordered like the float32 similarities; of equals the lower index is greater."""
     bits = (similarity + 0.0).view(torch.int32)  # + 0.0: one zero instead of two
     bits = bits ^ ((bits >> 31) & 0x7fffffff)  # IEEE floats, read as integers, run backwards below zero
     return (bits.long() << 32) | (0x7fffffff - index)
@@ -52,7 +52,7 @@ def knn_predict(
 ) -> Dict[int, torch.Tensor]:
     """Vote of the k nearest training images by cosine similarity, weighted by exp(similarity / temperature).
 
-    Exact. Among equally similar images the earlier is the nearer, among classes with equal votes the smaller label wins.
+    Exact. Of equally similar images the earlier is the nearer, of classes with equal votes the smaller label wins.
 
     Args:
         train_features: (N, D) features, normalised here; where they are is where the work is done

@@ -8,8 +8,8 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
 __all__ = ['CHECKPOINTS']
 
-# One row per published checkpoint, the first of an architecture is its default: 'cgh_resnet50.<tag>' -> what differs from
-# _cfg(), above all where the weights are ({'hf_hub_id': 'owner/name'} or {'url': 'https://...'}). None is published yet.
+# One row per published checkpoint, the first of an architecture is its default: 'cgh_resnet50.<tag>' -> what differs
+# from _cfg(), above all where the weights are ({'hf_hub_id': 'owner/name'} or {'url': 'https://...'}). None exists yet.
 CHECKPOINTS: Dict[str, Dict[str, Any]] = {}
 
 

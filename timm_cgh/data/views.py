@@ -1,0 +1,147 @@
+"""Which views an image gives, and every random choice about them (Sec. 3.2).
+
+All that is random about a view is a function of (seed, epoch, image, view): neither workers nor processes nor a resume
+change it. What is geometric (crop, flip) is done here on the decoded image; what is photometric is only *drawn* here,
+a row of numbers that `timm_cgh.data.augment` applies to whole batches on the training device.
+"""
+import itertools
+import math
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+__all__ = ['JITTER_ORDERS', 'NUM_PHOTOMETRIC', 'Photometric', 'ViewSpec', 'cut_views', 'two_views', 'view_rng']
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+# torchvision's ColorJitter applies the four in a random order
+JITTER_ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
+# columns of a photometric row: four jitter factors, order (-1: no jitter), grayscale flag, blur sigma in px (0: no blur)
+NUM_PHOTOMETRIC = 7
+_RESAMPLE = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+
+
+class Photometric(NamedTuple):
+    """Strengths and probabilities of the contrastive augmentation (MoCo-v2's, as in the paper)."""
+    jitter: Tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma: Tuple[float, float] = (0.1, 2.0)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """One photometric row, (7,) float32."""
+        row = np.zeros(NUM_PHOTOMETRIC, dtype=np.float32)
+        brightness, contrast, saturation, hue = self.jitter
+        for i, strength in enumerate((brightness, contrast, saturation)):
+            row[i] = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+        row[3] = rng.uniform(-hue, hue)
+        row[4] = rng.integers(len(JITTER_ORDERS)) if rng.random() < self.jitter_prob else -1
+        row[5] = rng.random() < self.gray_prob
+        row[6] = rng.uniform(*self.blur_sigma) if rng.random() < self.blur_prob else 0
+        return row
+
+
+class ViewSpec(NamedTuple):
+    """One view of an image: a random resized crop, a flip and, for a contrastive view, photometric changes."""
+    size: int
+    scale: Tuple[float, float] = (0.2, 1.0)
+    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    interpolation: str = 'bilinear'
+    photometric: Optional[Photometric] = None
+
+
+def two_views(
+        size: int,
+        scale: Sequence[float] = (0.2, 1.0),
+        weak_scale: Optional[Sequence[float]] = None,
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        color_jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1),
+        jitter_prob: float = 0.8,
+        gray_prob: float = 0.2,
+        blur_prob: float = 0.5,
+        blur_sigma: Sequence[float] = (0.1, 2.0),
+        interpolation: str = 'bilinear',
+) -> List[ViewSpec]:
+    """The teacher's weak view and the student's contrastive view (Sec. 3.2, 4.1.1).
+
+    Args:
+        size: side, px
+        scale: range of the crop's share of the image area; `weak_scale` the weak view's where it differs
+        ratio: range of the crop's width : height
+        hflip: probability of a horizontal flip
+        color_jitter: strengths of brightness, contrast, saturation, hue (hue at most 0.5)
+        jitter_prob, gray_prob, blur_prob: probabilities
+        blur_sigma: range of the blur, px
+        interpolation: `bilinear` or `bicubic`
+    """
+    geometry = dict(ratio=tuple(ratio), hflip=hflip, interpolation=interpolation)
+    photometric = Photometric(tuple(color_jitter), jitter_prob, gray_prob, blur_prob, tuple(blur_sigma))
+    return [
+        ViewSpec(size, tuple(weak_scale or scale), **geometry),
+        ViewSpec(size, tuple(scale), photometric=photometric, **geometry),
+    ]
+
+
+def view_rng(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
+    """The random numbers of one view of one image in one epoch."""
+    return np.random.default_rng((seed, epoch, index, view))
+
+
+def draw_crop(
+        rng: np.random.Generator,
+        width: int,
+        height: int,
+        scale: Tuple[float, float],
+        ratio: Tuple[float, float],
+) -> Tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random resized crop, by torchvision's algorithm."""
+    area = width * height
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # an image too narrow or too flat: its central part, of the nearest ratio allowed
+    aspect = width / height
+    w = width if aspect <= ratio[1] else round(height * ratio[1])
+    h = height if aspect >= ratio[0] else round(width / ratio[0])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def cut_views(
+        image: Image.Image,
+        specs: Sequence[ViewSpec],
+        seed: int,
+        epoch: int,
+        index: int,
+) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]]]:
+    """All views of one decoded image.
+
+    Args:
+        image: PIL image of mode `L` or `RGB`
+        specs: the views
+        seed, epoch, index: see `view_rng`
+
+    Returns:
+        uint8 views (C, size, size) and, per view, its photometric row (7,) float32 or None
+    """
+    views, rows = [], []
+    for number, spec in enumerate(specs):
+        rng = view_rng(seed, epoch, index, number)
+        box = draw_crop(rng, *image.size, spec.scale, spec.ratio)
+        view = image.crop(box).resize((spec.size, spec.size), _RESAMPLE[spec.interpolation])
+        if rng.random() < spec.hflip:
+            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.array(view)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        views.append(torch.from_numpy(np.ascontiguousarray(pixels)))
+        rows.append(torch.from_numpy(spec.photometric.draw(rng)) if spec.photometric is not None else None)
+    return views, rows

@@ -223,12 +223,14 @@ def train_one_epoch(epoch, start, args, task, loader, to_device, optimizer, sche
     return progress.images_per_second(steps)
 
 
-def main():
+def main(argv=None):
     args = parser.parse(
+        argv,
         default_config=DEFAULT_CONFIG,
         wants_default=lambda a: not a.config and not a.data_dir and not a.dataset,
     )
     utils.setup_default_logging()
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     given = dict(vars(args))
     args.prefetcher = False
     with blame('--device', args.device):
@@ -485,8 +487,13 @@ def main():
     return 0 if finished else 128 + stop.signum
 
 
-if __name__ == '__main__':
+def cli(argv=None):
+    """`main` with its exit code; what the user can put right ends in one line and code 2."""
     try:
-        sys.exit(main())
-    except InputError as error:
-        parser.error(str(error))
+        return main(argv)
+    except InputError as error:  # from a data worker it comes with the worker's traceback before it
+        parser.error(str(error).strip().splitlines()[-1].removeprefix(f'{InputError.__module__}.InputError: '))
+
+
+if __name__ == '__main__':
+    sys.exit(cli())

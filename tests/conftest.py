@@ -1,0 +1,21 @@
+"""What several test modules share."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# before torch starts its threads: waiting ones would spin beside the processes that tests start
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the root scripts
+SHARED_DATA = REPOSITORY.parent / 'shared' / 'data'
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of real data sets beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f'no real data sets at {SHARED_DATA}')
+    return SHARED_DATA

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+from typing import Iterable, NamedTuple, Optional, Set
 
 # On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
@@ -22,21 +23,24 @@ import yaml
 from timm import utils
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.data import (
-    ViewsToDevice, create_view_loader, image_mode, is_stream, open_dataset, open_eval_datasets, two_views)
+    Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, open_dataset, open_eval_datasets, two_views)
 from timm_cgh.errors import InputError, blame
+from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.monitor import KnnMonitor
 from timm_cgh.files import atomic_write
 from timm_cgh.hub import export_backbone
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.progress import Progress, StopRequest
 from timm_cgh.report import save_curves
-from timm_cgh.run import build_task, choose_settings, open_run_folder, order_of, resolve_data_config, warn_if_collapsed
+from timm_cgh.run import (
+    build_task, choose_settings, open_run_folder, order_of, resolve_data_config, restore, warn_if_collapsed)
 from timm_cgh.summary import Summary
-from timm_cgh.task import Meter, RunSaver, read_checkpoint
+from timm_cgh.task import CGHTask, Meter, RunSaver
 
 _logger = logging.getLogger('train')
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'digits.yaml')
@@ -45,17 +49,17 @@ parser = Parser(description='CGH pre-training of a timm backbone')
 parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of these options; the command line overrides it')
 
 group = parser.add_argument_group('Data')
-group.add_argument('--data-dir', metavar='DIR', help='folder of images (class folders or none), tar, or root of --dataset')
+group.add_argument('--data-dir', metavar='DIR', help='folder of images (class folders or none), tar, root of --dataset')
 group.add_argument('--dataset', metavar='NAME', default='',
                    help="digits, or timm's torch/..., hfds/..., hfids/..., wds/..., tfds/...; default: folder or tar")
 group.add_argument('--train-split', metavar='NAME', default='train')
-group.add_argument('--val-split', metavar='NAME', help='labelled, for kNN; default: found, or a fifth of the training images')
+group.add_argument('--val-split', metavar='NAME', help='labelled, for kNN; default: found, or a fifth of the images')
 group.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ and other data sets')
 group.add_argument('--dataset-trust-remote-code', action='store_true')
 group.add_argument('--class-map', metavar='FILE', default='')
 group.add_argument('--input-key', metavar='NAME')
 group.add_argument('--target-key', metavar='NAME')
-group.add_argument('--num-samples', metavar='N', type=at_least_one, help='images per epoch, of a stream that does not say')
+group.add_argument('--num-samples', metavar='N', type=at_least_one, help='images per epoch of a stream')
 group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
 group.add_argument('--no-pin-mem', action='store_true', help='do not pin host memory (CUDA only)')
 
@@ -74,7 +78,7 @@ group.add_argument('--grad-checkpointing', action='store_true')
 
 group = parser.add_argument_group('Method (defaults: paper Sec. 4.1 and the authors\' code)')
 group.add_argument('--context', choices=CONTEXTS, default='cross', help='cross: CGH; same; global: ReSSL (Tab. 5)')
-group.add_argument('--out-indices', nargs='+', type=int, metavar='I', help='stages of the hypercolumn; default the last two')
+group.add_argument('--out-indices', nargs='+', type=int, metavar='I', help='hypercolumn stages; default the last two')
 group.add_argument('--hidden-dim', type=at_least_one, default=4096, metavar='N', help='hidden width of the projectors')
 group.add_argument('--embed-dim', type=at_least_one, default=512, metavar='N', help='width of the embeddings')
 group.add_argument('--predictor', action='store_true', help='predictors on the student (CGH-pred)')
@@ -94,15 +98,17 @@ group.add_argument('--shuffle-bn', action='store_true', help="shuffle the teache
 group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes (GPU)')
 
 group = parser.add_argument_group('Views')
-group.add_argument('--scale', nargs=2, type=positive, default=[0.2, 1.0], metavar=('MIN', 'MAX'), help='area of the crops')
+group.add_argument('--scale', nargs=2, type=positive, default=[0.2, 1.0], metavar=('MIN', 'MAX'), help='crop area')
 group.add_argument('--ratio', nargs=2, type=positive, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'))
-group.add_argument('--weak-scale', nargs=2, type=positive, metavar=('MIN', 'MAX'), help="the teacher's; default --scale")
+group.add_argument('--weak-scale', nargs=2, type=positive, metavar=('MIN', 'MAX'), help='of the teacher')
 group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
-group.add_argument('--color-jitter', nargs=4, type=non_negative, default=[0.4, 0.4, 0.4, 0.1], metavar=('B', 'C', 'S', 'H'))
+group.add_argument('--color-jitter', nargs=4, type=non_negative, default=[0.4, 0.4, 0.4, 0.1],
+                   metavar=('B', 'C', 'S', 'H'), help='brightness, contrast, saturation, hue')
 group.add_argument('--color-jitter-prob', type=fraction, default=0.8, metavar='P')
 group.add_argument('--grayscale-prob', type=fraction, default=0.2, metavar='P')
 group.add_argument('--gaussian-blur-prob', type=fraction, default=0.5, metavar='P')
-group.add_argument('--gaussian-blur-sigma', nargs=2, type=positive, default=[0.1, 2.0], metavar=('MIN', 'MAX'), help='px')
+group.add_argument('--gaussian-blur-sigma', nargs=2, type=positive, default=[0.1, 2.0],
+                   metavar=('MIN', 'MAX'), help='px')
 group.add_argument('--train-interpolation', choices=('bilinear', 'bicubic'), default='bilinear')
 
 group = parser.add_argument_group('Optimisation')
@@ -112,15 +118,18 @@ group.add_argument('--grad-accum-steps', type=at_least_one, default=1, metavar='
 group.add_argument('--opt', default='momentum', metavar='NAME', help="timm optimiser; 'sgd' there is Nesterov")
 group.add_argument('--opt-eps', type=positive, metavar='X')
 group.add_argument('--opt-betas', type=float, nargs='+', metavar='X')
-group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=utils.ParseKwargs, metavar='KEY=VALUE')
+group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=utils.ParseKwargs,
+                   metavar='KEY=VALUE')
 group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help="the optimiser's")
 group.add_argument('--weight-decay', type=non_negative, default=1e-4, metavar='X')
 group.add_argument('--no-decay-norm-bias', action='store_true', help='no weight decay on norms and biases')
 group.add_argument('--lr', type=non_negative, metavar='X', help='overrides --lr-base')
-group.add_argument('--lr-base', type=non_negative, default=0.05, metavar='X', help='lr = lr-base x global batch / lr-base-size')
+group.add_argument('--lr-base', type=non_negative, default=0.05, metavar='X',
+                   help='lr = lr-base x global batch / lr-base-size')
 group.add_argument('--lr-base-size', type=at_least_one, default=256, metavar='N')
 group.add_argument('--lr-base-scale', choices=('linear', 'sqrt'), default='linear')
-group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'constant', 'none'))
+group.add_argument('--sched', default='cosine',
+                   choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'constant', 'none'))
 group.add_argument('--warmup-epochs', type=non_negative, metavar='N', help='default 5, at most a quarter of the run')
 group.add_argument('--warmup-lr', type=non_negative, default=0.0, metavar='X')
 group.add_argument('--min-lr', type=non_negative, default=0.0, metavar='X')
@@ -133,9 +142,10 @@ group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='nor
 group = parser.add_argument_group('Run')
 group.add_argument('--output', default=os.path.join('output', 'train'), metavar='DIR')
 group.add_argument('--experiment', default='', metavar='NAME', help='folder of the run; default: time, model and size')
-group.add_argument('--resume', metavar='FILE|auto', help="checkpoint of a run; auto: --experiment's newest, or a fresh start")
-group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N', help='checkpoints kept beside last and best')
-group.add_argument('--recovery-interval', type=natural, default=0, metavar='N', help='batches between recovery checkpoints')
+group.add_argument('--resume', metavar='FILE|auto', help="auto: --experiment's newest checkpoint, or a fresh start")
+group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N', help='kept beside last and best')
+group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
+                   help='batches between recovery checkpoints, 0 for none')
 group.add_argument('--knn-interval', type=natural, default=5, metavar='N', help='epochs between kNN checks, 0 for none')
 group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N', help='at most, on either side of kNN')
 group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
@@ -149,7 +159,20 @@ group.add_argument('--channels-last', action='store_true')
 group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
 
 
-def train_one_epoch(epoch, start, args, task, loader, to_device, optimizer, scheduler, scaler, autocast, meter, saver, stop, unreadable, knn):
+class Parts(NamedTuple):
+    """What every epoch needs."""
+    task: CGHTask
+    loader: Iterable[Batch]
+    to_device: ViewsToDevice
+    optimizer: torch.optim.Optimizer
+    scheduler: Optional[Scheduler]
+    scaler: Optional[utils.NativeScaler]
+    saver: RunSaver
+    stop: StopRequest
+    unreadable: Set[str]
+
+
+def train_one_epoch(args, parts, epoch, start, meter, knn):
     """Train from batch `start` on.
 
     Returns:
@@ -158,7 +181,9 @@ def train_one_epoch(epoch, start, args, task, loader, to_device, optimizer, sche
     Raises:
         FloatingPointError: the loss is not finite
     """
+    task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable = parts
     steps, accum, distributed = len(loader), args.grad_accum_steps, dist.is_initialized()
+    amp_dtype = getattr(torch, args.amp_dtype)
     task.train()
     loader.set_epoch(epoch, start)
     progress = Progress(
@@ -173,8 +198,7 @@ def train_one_epoch(epoch, start, args, task, loader, to_device, optimizer, sche
     def save_recovery(done):
         means()  # never over a good checkpoint with a broken state
         if utils.is_primary(args):
-            saver.progress = dict(
-                epoch=epoch, batch=done, knn=knn, meter=meter.state_dict(), order=order_of(args, len(loader)))
+            saver.progress.update(epoch=epoch, batch=done, knn=knn, meter=meter.state_dict())
             saver.save_recovery(epoch, done)
 
     for i, batch in enumerate(loader, start=start):
@@ -189,11 +213,12 @@ def train_one_epoch(epoch, start, args, task, loader, to_device, optimizer, sche
         group_size = min(accum, steps - group_start)
         update = i + 1 == group_start + group_size
         with contextlib.nullcontext() if update else task.no_sync():
-            with autocast():
+            with torch.autocast(to_device.device.type, dtype=amp_dtype, enabled=args.amp):
                 result = task(to_device(batch), batch.target)
             loss = result['loss'] / group_size
             if scaler is not None:
-                scaler(loss, optimizer, args.clip_grad, args.clip_mode, list(task.student.parameters()), need_update=update)
+                scaler(
+                    loss, optimizer, args.clip_grad, args.clip_mode, list(task.student.parameters()), need_update=update)
             else:
                 loss.backward()
         if update:
@@ -240,10 +265,9 @@ def main(argv=None):
         _logger.setLevel(logging.WARNING)
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
-    if args.sync_bn and (not args.distributed or device.type == 'cpu'):
-        raise InputError('--sync-bn: needs several processes with a GPU each (--shuffle-bn works on any device)')
     if args.config == DEFAULT_CONFIG:
-        _logger.info("No --data-dir and no --dataset: training on scikit-learn's 1,797 handwritten digits (configs/digits.yaml)")
+        _logger.info(
+            "No --data-dir and no --dataset: training on scikit-learn's 1,797 handwritten digits (configs/digits.yaml)")
     utils.random_seed(args.seed)  # the same start on all processes
 
     # ---- data set, task, views
@@ -340,9 +364,6 @@ def main(argv=None):
         scheduler, _ = create_scheduler_v2(optimizer, **schedule)
     scaler = utils.NativeScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
 
-    def autocast():
-        return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
-
     if args.torchcompile:
         with blame('--torchcompile', args.torchcompile):
             task.compile(backend=args.torchcompile)
@@ -359,17 +380,7 @@ def main(argv=None):
         max_history=args.checkpoint_hist,
     )
     if resume:
-        with blame('--resume', resume):
-            state = read_checkpoint(resume)
-        try:
-            task.load_checkpoint_state(state['state_dict'], state['task_state'])
-            optimizer.load_state_dict(state['optimizer'])
-            if scaler is not None and scaler.state_dict_key in state:
-                scaler.load_state_dict(state[scaler.state_dict_key])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"--resume {resume}: a checkpoint of '{state.get('arch')}' that does not fit --model {args.model} and the "
-                f"options of the method ({' '.join(str(error).split())[:160]})") from error
+        state = restore(resume, args, task, optimizer, scaler)
         place = state['progress']
         start_epoch, start_batch, knn, knn_before = (place[k] for k in ('epoch', 'batch', 'knn', 'knn_before'))
         if start_batch and place['order'] != order_of(args, len(loader)):
@@ -398,11 +409,11 @@ def main(argv=None):
                 from torch.utils.tensorboard import SummaryWriter
                 board = SummaryWriter(folder)
 
-    parameters = sum(p.numel() for p in task.student.backbone.parameters())
+    millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
     _logger.info(
-        f'{args.model} ({parameters / 1e6:.2f} M parameters), {args.context} context, {num_images} images of {img_size} px, '
-        f'{len(loader)} batches of {args.batch_size} x {args.world_size} an epoch, lr {args.lr:g}, bank {args.bank_size}, '
-        f'on {device} -> {folder}')
+        f'{args.model} ({millions:.2f} M parameters), {args.context} context, {num_images} images of {img_size} '
+        f'px, {len(loader)} batches of {args.batch_size} x {args.world_size} an epoch, lr {args.lr:g}, bank '
+        f'{args.bank_size}, on {device} -> {folder}')
     if is_stream(dataset):
         _logger.info('A stream: the order of the images depends on the number of workers, and is not kept by --resume')
     _logger.info(f'kNN: {knn_why}')
@@ -422,16 +433,15 @@ def main(argv=None):
 
     # ---- training
     stop, unreadable, finished = StopRequest(), set(), True
+    parts = Parts(task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable)
     with logging_redirect_tqdm():
         for epoch in range(start_epoch, args.epochs):
             try:
-                rate = train_one_epoch(
-                    epoch, start_batch, args, task, loader, to_device, optimizer, scheduler, scaler, autocast, meter, saver,
-                    stop, unreadable, knn)
+                rate = train_one_epoch(args, parts, epoch, start_batch, meter, knn)
             except FloatingPointError:
                 _logger.error(
-                    f'The loss is not finite in epoch {epoch}: stopped. The last good state is in {folder}; a lower --lr, '
-                    f'--clip-grad 1 or --amp-dtype bfloat16 may help.')
+                    f'The loss is not finite in epoch {epoch}: stopped. The last good state is in {folder}; a lower '
+                    f'--lr, --clip-grad 1 or --amp-dtype bfloat16 may help.')
                 return 1
             if rate is None:
                 finished = False
@@ -450,7 +460,7 @@ def main(argv=None):
             if epoch + 1 > max(args.warmup_epochs, args.contrast_warmup_epochs):
                 warn_if_collapsed(row, args.bank_size)
             summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
-            saver.progress.update(epoch=epoch + 1, batch=0, knn=knn)
+            saver.progress.update(epoch=epoch + 1, batch=0, knn=knn, meter=None)
             saver.save_checkpoint(epoch, metric=knn_now)
             parts = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
             _logger.info(f"epoch {epoch}: {parts}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
@@ -468,13 +478,15 @@ def main(argv=None):
             task.student.backbone,
             export,
             **data_config,
-            crop_pct=0.875 if img_size >= 224 else 1.0,
+            crop_pct=eval_crop_pct(img_size),
             tag=f'cgh_{args.context}_{trained}ep',
             model_kwargs=model_kwargs,
         )
-        has_curves = save_curves(summary.rows, os.path.join(folder, 'curves.png'), title=os.path.basename(folder))
+        levels = {} if knn_before is None else {'untrained': knn_before, 'raw pixels': pixels}
+        has_curves = save_curves(summary.rows, os.path.join(folder, 'curves.png'), os.path.basename(folder), levels)
         if not finished:
-            _logger.info(f'Stopped by {signal.Signals(stop.signum).name}; state saved, --resume auto continues {folder}')
+            name = signal.Signals(stop.signum).name
+            _logger.info(f'Stopped by {name}; state saved, --resume auto continues {folder}')
         elif knn_before is not None:
             _logger.info(f'kNN top-1: {knn_before:.2f} % before, {knn:.2f} % after training; raw pixels {pixels:.2f} %')
         if unreadable:

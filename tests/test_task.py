@@ -187,3 +187,17 @@ def test_compile_leaves_names_and_backbone_plain():
     backbone = task.compile(backend='eager')
     assert backbone is task.student.backbone and list(task.state_dict()) == names
     assert torch.isfinite(task(views())['loss'])
+
+
+def test_teacher_keeps_no_stale_cache_of_its_parameters():
+    task = create_task('levit_128s', momentum=0.0, **SMALL, img_size=64)  # caches attention biases in eval mode
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        task.teacher(x)
+        for p in task.student.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    task.update_ema()
+    fresh = copy.deepcopy(task)
+    fresh.train()
+    with torch.no_grad():
+        torch.testing.assert_close(task.teacher(x).global_embed, fresh.teacher(x).global_embed)

@@ -159,12 +159,13 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
     ['--context', 'global', '--opt', 'adamw', '--opt-betas', '0.9', '0.95', '--no-decay-norm-bias'],
     ['--features-only', '--out-indices', '1', '3', '--drop-path', '0.1'],
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--clip-grad', '1', '--grad-accum-steps', '2'],
-    ['--torchcompile', 'eager', '--grad-checkpointing', '--out-indices', '-4', '-3', '-2', '-1'],
+    ['--torchcompile', 'eager', '--out-indices', '-4', '-3', '-2', '-1'],
+    ['--grad-checkpointing', '--weak-scale', '0.5', '1', '--train-interpolation', 'bicubic'],
     ['--sched', 'multistep', '--decay-milestones', '1', '--warmup-epochs', '0.5', '--min-lr', '1e-5'],
 ])
 def test_options_run(tmp_path, images, options):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', *options))
-    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True).eval()
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, model.head_hidden_size)
 
 

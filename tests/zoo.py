@@ -10,8 +10,8 @@ import torch
 from timm_cgh import create_task
 from timm_cgh.files import atomic_write
 
-# module -> architecture with the fewest parameters, and the smallest side, px, of 64 and above that it takes (two
-# images of 32 px would leave the last batch norm of most models two values per channel, and gradients of 1e7)
+# module -> architecture with the fewest parameters, and a small side, px, that it takes and that leaves its last map more
+# than one position (or the last batch norm of a model would see two values per channel, and gradients of 1e7)
 SMALLEST = {
     'beit': ('beit_base_patch16_224', 64),
     'byoanet': ('halonet_h1', 256),
@@ -23,7 +23,7 @@ SMALLEST = {
     'convnext': ('test_convnext', 64),
     'cpubone': ('cpubone_nano', 64),
     'crossvit': ('crossvit_tiny_240', 240),
-    'csatv2': ('csatv2', 64),
+    'csatv2': ('csatv2', 128),
     'cspnet': ('cs3darknet_focus_s', 64),
     'cspnext': ('cspnext_tiny', 64),
     'davit': ('davit_tiny', 64),
@@ -36,9 +36,9 @@ SMALLEST = {
     'efficientformer': ('efficientformer_l1', 224),
     'efficientformer_v2': ('efficientformerv2_s0', 64),
     'efficientnet': ('test_efficientnet', 64),
-    'efficientvim': ('efficientvim_m1', 64),
+    'efficientvim': ('efficientvim_m1', 128),
     'efficientvit_mit': ('efficientvit_b0', 64),
-    'efficientvit_msra': ('efficientvit_m0', 64),
+    'efficientvit_msra': ('efficientvit_m0', 128),
     'eva': ('vit_tiny_patch16_dinov3_qkvb', 64),
     'fasternet': ('fasternet_t0', 64),
     'fastvit': ('fastvit_t8', 64),
@@ -53,11 +53,11 @@ SMALLEST = {
     'hrnet': ('hrnet_w18_small', 64),
     'iformer': ('iformer_t', 64),
     'inception_next': ('inception_next_atto', 64),
-    'inception_resnet_v2': ('inception_resnet_v2', 96),
+    'inception_resnet_v2': ('inception_resnet_v2', 128),
     'inception_v3': ('inception_v3', 112),
     'inception_v4': ('inception_v4', 112),
     'lcnetv2': ('lcnetv2_small', 64),
-    'levit': ('levit_128s', 64),
+    'levit': ('levit_128s', 128),
     'lowformer': ('lowformer_b0', 64),
     'mambaout': ('test_mambaout', 64),
     'maxxvit': ('test_coatnet', 64),
@@ -85,10 +85,10 @@ SMALLEST = {
     'resnet': ('test_resnet', 64),
     'resnetv2': ('resnetv2_18', 64),
     'rexnet': ('rexnet_100', 64),
-    'selecsls': ('selecsls42', 64),
+    'selecsls': ('selecsls42', 128),
     'senet': ('legacy_seresnet18', 64),
     'sequencer': ('sequencer2d_s', 64),
-    'shvit': ('shvit_s1', 64),
+    'shvit': ('shvit_s1', 128),
     'sknet': ('skresnet18', 64),
     'starnet': ('starnet_s050', 64),
     'swiftformer': ('swiftformer_xs', 64),

@@ -21,6 +21,7 @@ def blame(flag: str, value: Any) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f'{flag} {value}: {reason}') from error

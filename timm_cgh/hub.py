@@ -25,8 +25,8 @@ _FOREIGN_KEYS = (
 def plain_backbone(backbone: nn.Module, **model_kwargs: Any) -> nn.Module:
     """The plain timm model that a backbone's weights belong to.
 
-    A plain model is returned as it is. The weights of a `features_only` wrapper are put under their plain names in a new
-    model of the same architecture; `untrained_keys` of the result lists the parameters that the wrapper lacks (layers
+    A plain model is returned as it is. The weights of a `features_only` wrapper are put under their plain names in a
+    new model of the same architecture; `untrained_keys` of the result lists the parameters that the wrapper lacks (layers
     behind the last map), which are at their initial values.
 
     Args:
@@ -89,7 +89,8 @@ def export_backbone(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # a copy on the CPU in the plain layout: safetensors takes no channels-last tensors
-    model = copy.deepcopy(plain_backbone(backbone, **(model_kwargs or {}))).cpu().to(memory_format=torch.contiguous_format)
+    model = copy.deepcopy(plain_backbone(backbone, **(model_kwargs or {}))).cpu()
+    model.to(memory_format=torch.contiguous_format)
     data_config = dict(
         input_size=tuple(input_size),
         mean=tuple(mean),

@@ -9,15 +9,19 @@ from datetime import datetime
 from typing import Any, Dict, Optional, Tuple
 
 import timm
+import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.utils import NativeScaler
 
 from timm_cgh.errors import InputError, blame
 from timm_cgh.hub import load_weights
 from timm_cgh.models import create_backbone
-from timm_cgh.task import CGHTask, create_task, find_resume
+from timm_cgh.task import CGHTask, create_task, find_resume, read_checkpoint
 
-__all__ = ['build_task', 'choose_settings', 'open_run_folder', 'order_of', 'resolve_data_config', 'warn_if_collapsed']
+__all__ = [
+    'build_task', 'choose_settings', 'open_run_folder', 'order_of', 'resolve_data_config', 'restore', 'warn_if_collapsed',
+]
 
 _logger = logging.getLogger('train')
 
@@ -27,7 +31,8 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
     name = args.model
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
-        raise InputError(f"--model {name}: timm has no such model{', did you mean ' + ', '.join(near) + '?' if near else ''}")
+        hint = f", did you mean {', '.join(near)}?" if near else ''
+        raise InputError(f'--model {name}: timm has no such model{hint}')
     options = dict(args.model_kwargs, in_chans=args.in_chans)
     if args.drop_path is not None:
         options['drop_path_rate'] = args.drop_path
@@ -41,7 +46,7 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
         with blame('--grad-checkpointing', ''):
             getattr(backbone, 'model', backbone).set_grad_checkpointing(True)
     norms = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
-    with blame('--model', name):
+    with blame('--out-indices' if args.out_indices else '--model', args.out_indices or name):
         task = create_task(
             backbone,
             context=args.context,
@@ -84,6 +89,8 @@ def default_bank_size(num_images: int) -> int:
 
 def choose_settings(args: argparse.Namespace, num_images: int) -> None:
     """Refuse settings that would train nothing, or not what was meant; choose what was left open, and say so."""
+    if args.sync_bn and (args.world_size == 1 or args.device == 'cpu'):
+        raise InputError('--sync-bn: needs several processes with a GPU each (--shuffle-bn works on any device)')
     auto = min(5.0, args.epochs / 4)
     if args.warmup_epochs is None:
         args.warmup_epochs = auto
@@ -97,15 +104,16 @@ def choose_settings(args: argparse.Namespace, num_images: int) -> None:
         _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images (--bank-size)')
     elif args.bank_size > num_images:
         raise InputError(
-            f'--bank-size {args.bank_size}: larger than the data set ({num_images} images), every image would sit in it '
-            f'several times; {default_bank_size(num_images)} would do')
+            f'--bank-size {args.bank_size}: larger than the data set ({num_images} images), every image would sit in '
+            f'it several times; {default_bank_size(num_images)} would do')
     ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
     if args.lr is None:
         args.lr = args.lr_base * (ratio if args.lr_base_scale == 'linear' else math.sqrt(ratio))
     for name in ('scale', 'ratio', 'weak_scale', 'gaussian_blur_sigma'):
         low_high = getattr(args, name)
         if low_high and low_high[0] > low_high[1]:
-            raise InputError(f"--{name.replace('_', '-')} {low_high[0]:g} {low_high[1]:g}: the first must not exceed the second")
+            low, high = low_high
+            raise InputError(f"--{name.replace('_', '-')} {low:g} {high:g}: the first must not exceed the second")
 
 
 def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[str]]:
@@ -131,6 +139,35 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
     return folder, resume
 
 
+def restore(
+        path: str,
+        args: argparse.Namespace,
+        task: CGHTask,
+        optimizer: torch.optim.Optimizer,
+        scaler: Optional[NativeScaler] = None,
+) -> Dict[str, Any]:
+    """Load a checkpoint of a run into task, optimiser and scaler; gives its whole content.
+
+    Raises:
+        InputError: not such a file, or one of another model or method
+    """
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        task.load_checkpoint_state(state['state_dict'], state['task_state'])
+        optimizer.load_state_dict(state['optimizer'])
+        if scaler is not None and scaler.state_dict_key in state:
+            scaler.load_state_dict(state[scaler.state_dict_key])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:160]
+        raise InputError(
+            f"--resume {path}: a checkpoint of '{state.get('arch')}' that does not fit --model {args.model} and the options "
+            f'of the method ({reason})') from error
+    return state
+
+
 def order_of(args: argparse.Namespace, steps: int) -> Dict[str, int]:
     """What the order of the batches depends on: a checkpoint in the middle of an epoch holds for this order alone."""
     return dict(seed=args.seed, steps=steps, batch_size=args.batch_size, world_size=args.world_size)
@@ -142,9 +179,10 @@ def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
         std, entropy = row.get(f'train_std_{name}'), row.get(f'train_entropy_{name}')
         if std is not None and std < 0.05:
             _logger.warning(
-                f'The {name} embeddings are nearly one point (standard deviation {std:.3f} of 1): the representation has '
-                f'collapsed. A lower learning rate, a longer --warmup-epochs or --contrast-warmup-epochs may help.')
+                f'The {name} embeddings are nearly one point (standard deviation {std:.3f} of 1): the representation '
+                f'has collapsed. A lower learning rate, a longer --warmup-epochs or --contrast-warmup-epochs may help.')
         if entropy is not None and math.log(bank_size) - entropy < 0.02:
             _logger.warning(
-                f'The {name} target is flat over the bank (entropy {entropy:.2f} of at most {math.log(bank_size):.2f}): it '
-                f'tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may help.')
+                f'The {name} target is flat over the bank (entropy {entropy:.2f} of at most {math.log(bank_size):.2f}): '
+                f'it tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may '
+                f'help.')

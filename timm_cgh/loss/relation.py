@@ -1,8 +1,8 @@
 """Relation cross-entropy (Eq. 1-5) and InfoNCE against a memory bank, as pure functions.
 
-Both have their gradient in the forward pass: with z a student embedding, Q its bank, t its temperature, s the softmax of
-z Q^T / t and p the target, dL/dz = (s - p) Q / t. Rows of the batch are independent, so the work goes chunk by chunk and
-nothing of the size (batch, bank) outlives its chunk; autograd keeps one (B, D) gradient. Softmax over the bank is
+Both have their gradient in the forward pass: with z a student embedding, Q its bank, t its temperature, s the softmax
+of z Q^T / t and p the target, dL/dz = (s - p) Q / t. Rows of the batch are independent, so the work goes chunk by chunk
+and nothing of the size (batch, bank) outlives its chunk; autograd keeps one (B, D) gradient. Softmax over the bank is
 float32 (or float64 where the embeddings are), whatever autocast says.
 """
 from typing import Iterator, Tuple
@@ -28,7 +28,8 @@ def _check(temp: float, *pairs: Tuple[torch.Tensor, torch.Tensor]) -> None:
         raise ValueError(f'a temperature must be positive, got {temp}')
     for embeddings, bank in pairs:
         if embeddings.ndim != 2 or bank.ndim != 2 or embeddings.shape[1] != bank.shape[1]:
-            raise ValueError(f'embeddings {tuple(embeddings.shape)} and bank {tuple(bank.shape)} must be (B, D), (K, D)')
+            shapes = tuple(embeddings.shape), tuple(bank.shape)
+            raise ValueError(f'embeddings and bank must be (B, D) and (K, D), got {shapes[0]} and {shapes[1]}')
 
 
 def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -83,7 +84,8 @@ def relation_cross_entropy(
     """Cross-entropy between two similarity distributions over a memory bank (Eq. 1-5).
 
     CE(y1, y2) = -sum_k y2[k] log y1[k] with y1 = softmax(student student_bank^T / student_temp) and
-    y2 = softmax(teacher teacher_bank^T / teacher_temp). Teacher and banks are constants: only the student gets a gradient.
+    y2 = softmax(teacher teacher_bank^T / teacher_temp). Teacher and banks are constants: only the student gets a
+    gradient.
     Row k of both banks must come from the same image.
 
     Args:

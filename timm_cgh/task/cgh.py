@@ -1,6 +1,6 @@
 """One training step of CGH as a timm training task (Fig. 1, Sec. 3)."""
 import copy
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from timm_cgh.layers import MemoryBank
 from timm_cgh.loss import Contexts, CrossContextLoss
 from timm_cgh.models.encoder import ContextEncoder
 
-__all__ = ['CGHTask', 'create_task']
+__all__ = ['CGHTask']
 
 
 def _world_size() -> int:
@@ -49,7 +49,7 @@ class CGHTask(TrainingTask):
         device, dtype, verbose: see `timm.task.TrainingTask`
 
     Raises:
-        ValueError: momentum outside [0, 1], a negative warm-up, an encoder that does not fit the loss, a bank size below 1
+        ValueError: momentum outside [0, 1], a negative warm-up, a bank size below 1, an encoder that does not fit the loss
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class CGHTask(TrainingTask):
         self.num_updates = 0
         self._ddp: Tuple[nn.Module, ...] = ()  # in a tuple, so that the student is not registered twice
         self._ema_pairs = None
+        # LeViT and others keep what they derive from parameters in eval mode until a mode is set: stale after an update
+        self._teacher_caches = any(type(m).train is not nn.Module.train for m in self.teacher.modules())
         self.to(device=self.device, dtype=self.dtype)
         self.train()
 
@@ -96,11 +98,14 @@ class CGHTask(TrainingTask):
     def train(self, mode: bool = True) -> 'CGHTask':
         """Training mode; of the teacher only what keeps batch statistics follows (no dropout in targets)."""
         super().train(mode)
+        self._set_teacher_mode(mode)
+        return self
+
+    def _set_teacher_mode(self, mode: bool) -> None:
         self.teacher.eval()
         for module in self.teacher.modules():
             if getattr(module, 'running_mean', None) is not None or getattr(module, 'running_var', None) is not None:
                 module.train(mode)
-        return self
 
     def convert_sync_batchnorm(self) -> 'CGHTask':
         """Synchronise batch statistics over processes, in student and teacher; before `prepare_distributed`."""
@@ -146,6 +151,8 @@ class CGHTask(TrainingTask):
             self._ema_pairs = tuple(map(list, zip(*pairs)))
         teachers, students = self._ema_pairs
         torch._foreach_lerp_(teachers, students, 1 - self.momentum)
+        if self._teacher_caches:
+            self._set_teacher_mode(self.training)
         self.num_updates = self.num_updates + 1 if step is None else step
 
     @torch.no_grad()
@@ -221,61 +228,3 @@ class CGHTask(TrainingTask):
         self.teacher.load_state_dict(state['teacher'], strict=strict)
         self.banks.load_state_dict(state['banks'], strict=strict)
         self.num_updates = state['num_updates']
-
-
-def create_task(
-        backbone: Union[str, nn.Module] = 'resnet50',
-        context: str = 'cross',
-        bank_size: int = 131072,
-        momentum: float = 0.999,
-        contrast_warmup: int = 0,
-        shuffle_bn: bool = False,
-        out_indices: Optional[Sequence[int]] = None,
-        hidden_dim: int = 4096,
-        embed_dim: int = 512,
-        predictor: bool = False,
-        hyper_norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-        temp_student: float = 0.1,
-        temp_teacher: float = 0.04,
-        temp_hyper: float = 0.08,
-        temp_hyper_teacher: Optional[float] = None,
-        relation_weight: Optional[float] = None,
-        contrast_temp: float = 0.2,
-        device: Optional[torch.device] = None,
-        **backbone_kwargs: Any,
-) -> CGHTask:
-    """A `CGHTask` from a backbone's name (or module) and options; the hypercolumn is built where the context needs it.
-
-    Options are those of `ContextEncoder`, `CrossContextLoss` and `CGHTask`; `backbone_kwargs` go to `timm.create_model`.
-
-    Raises:
-        ValueError: see those three
-    """
-    loss = CrossContextLoss(
-        context=context,
-        temp_student=temp_student,
-        temp_teacher=temp_teacher,
-        temp_hyper=temp_hyper,
-        temp_hyper_teacher=temp_hyper_teacher,
-        relation_weight=relation_weight,
-        contrast_temp=contrast_temp,
-    )
-    student = ContextEncoder(
-        backbone,
-        out_indices=out_indices,
-        hidden_dim=hidden_dim,
-        embed_dim=embed_dim,
-        predictor=predictor,
-        hyper_norm_layer=hyper_norm_layer,
-        hypercolumn=loss.uses_hypercolumn,
-        **backbone_kwargs,
-    )
-    return CGHTask(
-        student,
-        loss,
-        bank_size=bank_size,
-        momentum=momentum,
-        contrast_warmup=contrast_warmup,
-        shuffle_bn=shuffle_bn,
-        device=device,
-    )

@@ -10,8 +10,8 @@ __all__ = ['Meter']
 class Meter:
     """Averages of scalars that stay on their device until they are read.
 
-    A step adds one vector; names may come and go between steps (`loss_nce` ends with the warm-up), each is averaged over
-    the steps that had it.
+    A step adds one vector; names may come and go between steps (`loss_nce` ends with the warm-up), each is averaged
+    over the steps that had it.
     """
 
     def __init__(self):

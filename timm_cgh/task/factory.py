@@ -1,0 +1,71 @@
+"""A training task from names and numbers."""
+from typing import Any, Callable, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+
+from timm_cgh.loss import CrossContextLoss
+from timm_cgh.models.encoder import ContextEncoder
+
+from .cgh import CGHTask
+
+__all__ = ['create_task']
+
+
+def create_task(
+        backbone: Union[str, nn.Module] = 'resnet50',
+        context: str = 'cross',
+        bank_size: int = 131072,
+        momentum: float = 0.999,
+        contrast_warmup: int = 0,
+        shuffle_bn: bool = False,
+        out_indices: Optional[Sequence[int]] = None,
+        hidden_dim: int = 4096,
+        embed_dim: int = 512,
+        predictor: bool = False,
+        hyper_norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        temp_student: float = 0.1,
+        temp_teacher: float = 0.04,
+        temp_hyper: float = 0.08,
+        temp_hyper_teacher: Optional[float] = None,
+        relation_weight: Optional[float] = None,
+        contrast_temp: float = 0.2,
+        device: Optional[torch.device] = None,
+        **backbone_kwargs: Any,
+) -> CGHTask:
+    """A `CGHTask` from a backbone's name (or module) and options; the hypercolumn is built where the context needs it.
+
+    Options are those of `ContextEncoder`, `CrossContextLoss` and `CGHTask`; `backbone_kwargs` go to timm's
+    `create_model`.
+
+    Raises:
+        ValueError: see those three
+    """
+    loss = CrossContextLoss(
+        context=context,
+        temp_student=temp_student,
+        temp_teacher=temp_teacher,
+        temp_hyper=temp_hyper,
+        temp_hyper_teacher=temp_hyper_teacher,
+        relation_weight=relation_weight,
+        contrast_temp=contrast_temp,
+    )
+    student = ContextEncoder(
+        backbone,
+        out_indices=out_indices,
+        hidden_dim=hidden_dim,
+        embed_dim=embed_dim,
+        predictor=predictor,
+        hyper_norm_layer=hyper_norm_layer,
+        hypercolumn=loss.uses_hypercolumn,
+        **backbone_kwargs,
+    )
+    return CGHTask(
+        student,
+        loss,
+        bank_size=bank_size,
+        momentum=momentum,
+        contrast_warmup=contrast_warmup,
+        shuffle_bn=shuffle_bn,
+        device=device,
+    )

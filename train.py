@@ -28,7 +28,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.data import (
-    Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, open_dataset, open_eval_datasets, two_views)
+    Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_eval_datasets,
+    two_views)
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.monitor import KnnMonitor
@@ -217,8 +218,8 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
                 result = task(to_device(batch), batch.target)
             loss = result['loss'] / group_size
             if scaler is not None:
-                scaler(
-                    loss, optimizer, args.clip_grad, args.clip_mode, list(task.student.parameters()), need_update=update)
+                parameters = list(task.student.parameters())
+                scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
             else:
                 loss.backward()
         if update:
@@ -289,8 +290,8 @@ def main(argv=None):
         num_samples=args.num_samples,
         **source,
     )
-    num_images = len(dataset)
-    choose_settings(args, num_images)
+    images = num_images(dataset)
+    choose_settings(args, images)
     task, model_kwargs = build_task(args)
     data_config = resolve_data_config(args, task.student.backbone.pretrained_cfg)
     img_size = data_config['input_size'][-1]
@@ -332,6 +333,7 @@ def main(argv=None):
             max_images=args.knn_images,
             seed=args.seed,
             batch_size=args.batch_size,
+            train=None if is_stream(dataset) else dataset,
             **source,
         )
         if sets is not None:
@@ -411,7 +413,7 @@ def main(argv=None):
 
     millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
     _logger.info(
-        f'{args.model} ({millions:.2f} M parameters), {args.context} context, {num_images} images of {img_size} '
+        f'{args.model} ({millions:.2f} M parameters), {args.context} context, {images} images of {img_size} '
         f'px, {len(loader)} batches of {args.batch_size} x {args.world_size} an epoch, lr {args.lr:g}, bank '
         f'{args.bank_size}, on {device} -> {folder}')
     if is_stream(dataset):
@@ -462,8 +464,8 @@ def main(argv=None):
             summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
             saver.progress.update(epoch=epoch + 1, batch=0, knn=knn, meter=None)
             saver.save_checkpoint(epoch, metric=knn_now)
-            parts = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
-            _logger.info(f"epoch {epoch}: {parts}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
+            averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
+            _logger.info(f"epoch {epoch}: {averages}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
             if args.log_wandb:
                 wandb.log(row)
             if board is not None:

@@ -1,3 +1,6 @@
-from .loader import Batch, EpochBatchSampler, ViewDataset, ViewsToDevice, ViewStream, create_view_loader
-from .sources import image_mode, is_stream, labels_of, open_dataset, open_eval_datasets
+from .digits import Digits
+from .labelled import ImageSubset, labels_of, open_eval_datasets
+from .loader import Batch, EpochBatchSampler, ViewDataset, ViewLoader, ViewsToDevice, create_view_loader
+from .sources import image_mode, is_stream, num_images, open_dataset
+from .stream import ViewStream
 from .views import Photometric, ViewSpec, two_views

@@ -1,23 +1,19 @@
 """timm data set -> batches of uint8 views on the CPU -> normalised views on the training device."""
-import logging
 import signal
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from timm_cgh.errors import InputError
 
 from .augment import photometric
-from .sources import is_stream
+from .decode import read_or_next
+from .sources import is_stream, num_images
+from .stream import ViewStream
 from .views import ViewSpec, cut_views
 
-__all__ = ['Batch', 'EpochBatchSampler', 'ViewDataset', 'ViewStream', 'ViewsToDevice', 'create_view_loader']
-
-_logger = logging.getLogger('train')
-_MAX_UNREADABLE = 10  # in a row, before a data set is given up
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+__all__ = ['Batch', 'EpochBatchSampler', 'ViewDataset', 'ViewLoader', 'ViewsToDevice', 'create_view_loader']
 
 
 class Batch(NamedTuple):
@@ -44,19 +40,6 @@ def _collate(samples: Sequence[Tuple]) -> Batch:
     )
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith('I;16') or image.mode == 'I':  # PIL clips 16-bit grey levels where it should scale them
-        image = image.point(lambda value: value / 256).convert('L')
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _label(target: Any) -> int:
-    try:
-        return int(target)
-    except (TypeError, ValueError):  # none, or several
-        return -1
-
-
 class ViewDataset(Dataset):
     """Views of the images of a map-style data set, asked for by (epoch, index).
 
@@ -78,36 +61,10 @@ class ViewDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _read(self, dataset: Dataset, index: int) -> Tuple[Image.Image, int]:
-        if isinstance(dataset, Subset):
-            return self._read(dataset.dataset, dataset.indices[index])
-        if hasattr(dataset, 'reader'):  # past timm's own item access, which replaces what it cannot read without a name
-            file, target, *_ = dataset.reader[index]
-            with file:
-                return _to_mode(Image.open(file), self.mode), _label(target)
-        image, target = dataset[index][:2]
-        return _to_mode(image, self.mode), _label(target)
-
-    def _name(self, dataset: Dataset, index: int) -> str:
-        if isinstance(dataset, Subset):
-            return self._name(dataset.dataset, dataset.indices[index])
-        try:
-            return str(dataset.filename(index)) or f'image {index}'
-        except Exception:  # not every reader knows names
-            return f'image {index}'
-
     def __getitem__(self, key: Tuple[int, int]):
         epoch, index = key
-        unreadable: List[str] = []
-        for step in range(_MAX_UNREADABLE):
-            source = (index + step) % len(self.dataset)
-            try:
-                image, target = self._read(self.dataset, source)
-                break
-            except _UNREADABLE:
-                unreadable.append(self._name(self.dataset, source))
-        else:
-            raise InputError(f'--data-dir: {_MAX_UNREADABLE} images in a row cannot be read, from {unreadable[0]} on')
+        image, target, unreadable = read_or_next(self.dataset, index, self.mode)
+        # drawn by the index asked for: a replacement does not look like its own turn in the epoch
         views, params = cut_views(image, self.specs, self.seed, epoch, index)
         return views, params, target, index, unreadable
 
@@ -117,6 +74,7 @@ class EpochBatchSampler(Sampler):
 
     Batch i of all processes together is the i-th block of one permutation, and each process takes its part of the
     block: N processes see what a single one with the N-fold batch would. The incomplete last batch is left out.
+    The epoch travels with the index, since workers that persist never see what is set on their data set.
 
     Args:
         num_samples: images in the data set
@@ -151,77 +109,51 @@ class EpochBatchSampler(Sampler):
             yield [(epoch, index) for index in order[start:start + self.batch_size]]
 
 
-class ViewStream(IterableDataset):
-    """Views of the images of a stream (timm's `IterableImageDataset`), in the order in which they come.
-
-    Args:
-        dataset: the stream
-        specs, seed, mode: see `ViewDataset`
-        rank: this process
-        batch_size: the last incomplete batch of a worker is left out
-    """
-
-    def __init__(self, dataset: IterableDataset, specs: Sequence[ViewSpec], seed: int, mode: str, rank: int):
-        self.dataset = dataset
-        self.specs = list(specs)
-        self.seed = seed
-        self.mode = mode
-        self.rank = rank
-        self.epoch = 0
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker = 0 if info is None else info.id
-        stream = self.rank * 4096 + worker  # no two workers draw the same numbers
-        for count, (image, target, *_) in enumerate(self.dataset):
-            index = (stream << 40) + count
-            views, params = cut_views(_to_mode(image, self.mode), self.specs, self.seed, self.epoch, index)
-            yield views, params, _label(target), -1, []
+def _forgive_once(signum: int, _: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)
 
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process ends its workers itself
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group, while the main process still wants batches. A
+    # second SIGTERM is the main process's own, for a worker that did not end when asked.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _forgive_once)
 
 
-class _ViewLoader:
-    """Iterable over one epoch's batches; `len()` is its steps."""
+class ViewLoader:
+    """Batches of one epoch after another: `set_epoch`, then iterate; `len()` is the steps of a whole epoch.
+
+    Args:
+        loader: torch's, over a `ViewDataset` or a `ViewStream`
+        steps: batches per epoch
+    """
 
     def __init__(self, loader: DataLoader, steps: int):
         self.loader = loader
         self.steps = steps
-        self.start_batch = 0
 
     def __len__(self) -> int:
         return self.steps
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch, and the batch to start from; before iterating."""
-        self.start_batch = start_batch
-        dataset = self.loader.dataset
-        if isinstance(dataset, ViewDataset):
-            self.loader.batch_sampler.set_epoch(epoch, start_batch)
-        else:  # its workers are started anew each epoch and see this
-            dataset.epoch = epoch
-            if hasattr(dataset.dataset, 'set_epoch'):
-                dataset.dataset.set_epoch(epoch)
+        dataset = self.loader.dataset  # a stream's workers start anew each epoch and so see what is set on it
+        (dataset if is_stream(dataset) else self.loader.batch_sampler).set_epoch(epoch, start_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        remaining = self.steps - self.start_batch
         iterator = iter(self.loader)
-        while remaining > 0:
-            served = 0
-            for batch in iterator:
-                yield batch
-                served += 1
-                remaining -= 1
-                if not remaining:
-                    return
-            if not served:
-                raise InputError('--dataset: the stream gave no full batch; a smaller --batch-size or fewer --workers may do')
-            iterator = iter(self.loader)  # a stream that ended early goes round
+        try:
+            yield from iterator
+        except Exception as error:
+            # Left to the garbage collector (error and traceback hold each other), the workers' queues would be closed
+            # before the workers are told to end, and the exit would wait for them.
+            if self.loader.num_workers:
+                iterator._shutdown_workers()
+                self.loader._iterator = None
+            if isinstance(error, InputError):  # a worker's comes wrapped in its traceback
+                raise InputError(str(error).rpartition('InputError: ')[2].strip()) from None
+            raise
 
 
 def create_view_loader(
@@ -234,7 +166,9 @@ def create_view_loader(
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
-) -> _ViewLoader:
+        persistent: bool = True,
+        multiprocessing_context: Optional[str] = None,
+) -> ViewLoader:
     """Loader of `Batch`es of a training data set; the same batches for any number of workers (streams aside).
 
     Args:
@@ -243,32 +177,38 @@ def create_view_loader(
         batch_size: per process
         seed: of order and views
         mode: PIL mode of the images
-        workers: worker processes
+        workers: worker processes, of one thread each
         rank, world_size: this process, of how many
         pin_memory: page-locked batches
+        persistent: keep the workers from epoch to epoch (map-style)
+        multiprocessing_context: `fork`, `spawn`, ...; default the platform's
 
     Raises:
         InputError: fewer images than one batch of all processes
     """
-    steps = len(dataset) // (batch_size * world_size)
+    count = num_images(dataset)
+    steps = count // (batch_size * world_size)
     if steps == 0:
+        of_all = f' of each of {world_size} processes' if world_size > 1 else ''
         raise InputError(
-            f'--batch-size {batch_size}: the data set has {len(dataset)} images, not one batch'
-            + (f' of {world_size} processes' if world_size > 1 else '') + '; take less')
+            f'--batch-size {batch_size}{of_all}: the data set has {count} images, not one batch; '
+            f'at most {count // world_size} would do')
     common = dict(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        multiprocessing_context=multiprocessing_context if workers else None,
     )
     if is_stream(dataset):
-        if hasattr(dataset, 'set_loader_cfg'):
+        if hasattr(dataset, 'set_loader_cfg'):  # timm's readers divide the stream by it
             dataset.set_loader_cfg(num_workers=workers)
-        stream = ViewStream(dataset, specs, seed, mode, rank)
-        return _ViewLoader(DataLoader(stream, batch_size=batch_size, drop_last=True, **common), steps)
-    sampler = EpochBatchSampler(len(dataset), batch_size, seed, rank, world_size)
+        stream = ViewStream(dataset, specs, seed, batch_size, steps, mode, rank)
+        return ViewLoader(DataLoader(stream, batch_size=batch_size, drop_last=True, **common), steps)
+    sampler = EpochBatchSampler(count, batch_size, seed, rank, world_size)
     views = ViewDataset(dataset, specs, seed, mode)
-    return _ViewLoader(DataLoader(views, batch_sampler=sampler, persistent_workers=workers > 0, **common), steps)
+    loader = DataLoader(views, batch_sampler=sampler, persistent_workers=persistent and workers > 0, **common)
+    return ViewLoader(loader, steps)
 
 
 class ViewsToDevice:

@@ -1,19 +1,24 @@
-"""Where images come from: timm's data sets, torchvision's STL-10, the embedded digits; and what kNN compares."""
+"""Where images come from: timm's data sets, torchvision's STL-10, the embedded digits."""
 import os
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Union
 
-import torch
-from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset, Subset
+from timm.data import IterableImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from timm_cgh.errors import InputError
 
 from .digits import Digits
+from .shards import ShardReader
 
-__all__ = ['image_mode', 'is_stream', 'labels_of', 'open_dataset', 'open_eval_datasets']
+__all__ = ['find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'prefix_of']
 
-_EVAL_SPLITS = ('validation', 'val', 'test')
-_PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets'}
+_PACKAGES = {
+    'torch': 'torchvision', 'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets'}
+_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+_TORCH_FOLDERS = ('torch/image_folder', 'torch/folder')
+_TORCH_TRAIN_TEST = tuple(f'torch/{n}' for n in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'))
+_TORCH_OTHERS = ('torch/stl10', 'torch/imagenet', 'torch/inaturalist', 'torch/inat', 'torch/places365')
+_STL10_SPLITS = {'train': 'train+unlabeled', **{name: 'test' for name in _SYNONYMS[1]}}
 
 
 def image_mode(in_chans: int) -> str:
@@ -32,31 +37,135 @@ def is_stream(dataset: Dataset) -> bool:
     return isinstance(dataset, IterableDataset)
 
 
-def _prefix(name: str) -> str:
+def num_images(dataset: Dataset) -> int:
+    """Images in a data set, over all processes.
+
+    timm's streams count otherwise: the share of one process, rounded up to whole batches of every worker.
+    """
+    reader = getattr(dataset, 'reader', None)
+    return int(reader.num_samples) if is_stream(dataset) and hasattr(reader, 'num_samples') else len(dataset)
+
+
+def prefix_of(name: str) -> str:
+    """`hfds` of `hfds/owner/name`; empty for a folder, a tar and the digits."""
     return name.partition('/')[0].lower() if '/' in name else ''
 
 
-def _reason(error: BaseException) -> str:
-    text = ' '.join(str(error).split())
-    return (text or type(error).__name__)[:300]
+def find_split_folder(root: str, split: str) -> Optional[str]:
+    """What holds a split in a folder of splits: the entry of that name or of a synonym (`val`, `valid`, ...)."""
+    for name in (split, *next((names for names in _SYNONYMS if split in names), ())):
+        path = os.path.join(root, name)
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def _open_root(root: str, split: str, search_split: bool, flag: str) -> str:
+    """The folder or tar to read; timm itself would silently read all of `root` where it finds no such split."""
+    if not os.path.exists(root):
+        raise InputError(f'--data-dir {root}: no such folder or file')
+    if os.path.isfile(root):
+        if not root.endswith('.tar'):
+            raise InputError(f'--data-dir {root}: must be a folder of images or an uncompressed .tar of them')
+        if split not in _SYNONYMS[0]:
+            raise InputError(f'{flag} {split}: a tar has no splits; give --data-dir a folder of them')
+        return root
+    folder = find_split_folder(root, split) if search_split else None
+    if folder is None and search_split and split not in _SYNONYMS[0]:
+        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() or entry.name.endswith('.tar'))
+        raise InputError(f"{flag} {split}: not in {root}, which has {', '.join(found[:8]) or 'no folders'}")
+    return folder or root  # no split folders: all of it is for training
+
+
+def _check_name(name: str, root: Optional[str], split: str, flag: str) -> None:
+    prefix, lower = prefix_of(name), name.lower()
+    if name and not prefix:
+        raise InputError(f'--dataset {name}: no such data set; digits, torch/{name} or hfds/... (or --data-dir alone)?')
+    if prefix and prefix not in _PACKAGES:
+        raise InputError(f'--dataset {name}: must start with torch/, hfds/, hfids/, wds/ or tfds/, or be digits')
+    if prefix in ('', 'torch', 'wds') and not root:
+        raise InputError(f"--data-dir: say where {name or 'the images'} lie" + (' or shall go' if prefix == 'torch' else ''))
+    known = (*_TORCH_TRAIN_TEST, *_TORCH_OTHERS, *_TORCH_FOLDERS)
+    if prefix == 'torch' and lower not in known:
+        raise InputError(f"--dataset {name}: there are {', '.join(known)}")
+    if lower in _TORCH_TRAIN_TEST and split not in (*_SYNONYMS[0], *_SYNONYMS[1], 'test'):
+        raise InputError(f'{flag} {split}: {name} has train and validation')
+    if prefix == 'wds' and '://' not in root and not os.path.isdir(root):
+        raise InputError(f'--data-dir {root}: must be a folder of webdataset shards')
+    source = name.partition('/')[2]
+    if prefix in ('hfds', 'hfids') and source.startswith(('.', '/', '~')) and not os.path.exists(source):
+        raise InputError(f'--dataset {name}: no such folder: {source}')
+
+
+def _explain(error: Exception, name: str, root: Optional[str], split: str, flag: str, download: bool) -> InputError:
+    """One line that names the flag, for whatever a reader's libraries raised."""
+    prefix, where = prefix_of(name), f'--dataset {name}' if name else f'--data-dir {root}'
+    reason = (' '.join(str(error).split()) or type(error).__name__)[:300]
+    lower = reason.lower()
+    if isinstance(error, ImportError) or 'please install' in lower:
+        return InputError(f'--dataset {name}: needs a package (pip install {_PACKAGES.get(prefix, "timm")})')
+    if 'num_samples' in lower:
+        return InputError(f"--num-samples: say how many images {name} {split} has" + (' (or SHARDS|N)' * (prefix == 'wds')))
+    if 'class map' in lower:
+        return InputError(f'--class-map: {reason}')
+    if 'download' in lower and not download:
+        return InputError(f'{where}: {reason} (--dataset-download fetches it, --data-dir says where it is)')
+    if 'split' in lower:
+        return InputError(f'{flag} {split}: {reason}')
+    return InputError(f'{where}: {reason}')
+
+
+def _first_columns(reader: Any) -> Optional[List[str]]:
+    try:
+        return list(next(iter(reader.builder.as_streaming_dataset(split=reader.split))))
+    except Exception:  # whatever the stream's libraries raise; it comes again, and is explained, where images are read
+        return None
+
+
+def _check_opened(dataset: Dataset, name: str, target_key: Optional[str]) -> None:
+    """What timm's readers would only stumble over later."""
+    prefix, reader = prefix_of(name), getattr(dataset, 'reader', None)
+    if prefix == 'wds':
+        for shard in reader.split_info.filenames:
+            path = os.path.join(reader.root, shard)
+            if '://' not in path and not path.startswith('pipe:') and not os.path.exists(path):
+                raise InputError(f'--data-dir {reader.root}: no shard {shard}')
+    if prefix == 'hfds' and not reader.target_keys and reader.label_key.split('/')[0] not in reader.dataset.column_names:
+        if target_key:
+            raise InputError(f"--target-key {target_key}: the columns are {', '.join(reader.dataset.column_names)}")
+        reader.dataset = reader.dataset.add_column(reader.label_key, [-1] * len(reader.dataset))  # unlabelled
+    columns = None
+    if prefix == 'hfids' and not reader.target_keys:
+        columns = reader.builder.info.features or _first_columns(reader)
+    if columns and reader.target_key.split('/')[0] not in columns:
+        if target_key:
+            raise InputError(f"--target-key {target_key}: the columns are {', '.join(columns)}")
+        reader.target_key = reader.input_key  # unlabelled: what is no number counts as no class
+    if hasattr(reader, 'cache_tarfiles'):
+        # A tar kept open would be shared by forked workers, which then move each other's place in it, and cannot be sent
+        # to spawned ones. Opening it for each image costs about 15 us.
+        reader.cache_tarfiles = False
+    if not is_stream(dataset) and not len(dataset):
+        raise InputError(f'--dataset {name}: holds no images')
 
 
 def open_dataset(
         name: Optional[str],
         root: Optional[str],
-        split: str,
+        split: Optional[str] = 'train',
         *,
         is_training: bool = False,
         batch_size: int = 1,
         seed: int = 42,
         in_chans: int = 3,
         download: bool = False,
-        class_map: str = '',
+        class_map: Union[str, Dict[str, int]] = '',
         input_key: Optional[str] = None,
         target_key: Optional[str] = None,
         num_samples: Optional[int] = None,
         search_split: bool = True,
         trust_remote_code: bool = False,
+        split_flag: str = '--train-split',
 ) -> Dataset:
     """Open a data set of (PIL image, target) items.
 
@@ -64,176 +173,49 @@ def open_dataset(
         name: empty for a folder or a tar at `root`; `digits`; `torch/...` (`torch/stl10` too), `hfds/...`, `hfids/...`,
             `wds/...`, `tfds/...` as timm's `create_dataset` reads them
         root: folder, tar, or where the named data set lies or is cached
-        split: name of the split
-        is_training: shuffle (streams)
+        split: name of the split. `train` is all of a folder without such a sub-folder, and train + unlabelled of STL-10
+        is_training: shuffle and repeat (streams)
+        in_chans: 3 for colour, 1 for grey images
+        search_split: look for the split's sub-folder in `root`
+        split_flag: the option to name where the split is at fault
         others: see `timm.data.create_dataset`
 
     Raises:
-        InputError: the data set cannot be opened; names the flag
+        InputError: the data set cannot be opened; names the flag and what would be right
     """
-    name = name or ''
-    mode = image_mode(in_chans)
-    prefix = _prefix(name)
+    name, split, mode = name or '', split or 'train', image_mode(in_chans)
     if name == 'digits':
         return Digits(split, mode)
-    if not name and not root:
-        raise InputError('--data-dir: name a folder or a tar of images (or --dataset)')
-    if prefix in ('', 'wds') and root and not os.path.exists(root) and '://' not in root:
-        raise InputError(f'--data-dir {root}: no such folder or file')
-    if name and prefix not in ('', 'torch', *_PACKAGES):
-        raise InputError(f'--dataset {name}: starts with torch/, hfds/, hfids/, wds/ or tfds/, or is digits')
-    if name and not prefix:
-        raise InputError(f'--dataset {name}: no such data set; did you mean torch/{name} or hfds/{name}?')
-    if prefix == 'torch' and not root:
-        raise InputError(f'--data-dir: say where {name} lies (or is to be downloaded to, with --dataset-download)')
-    where = f'--dataset {name}' if name else f'--data-dir {root}'
+    _check_name(name, root, split, split_flag)
+    if prefix_of(name) == '' or name.lower() in _TORCH_FOLDERS:
+        root = _open_root(root, split, search_split, split_flag)
+    optional: Dict[str, Any] = dict(input_key=input_key, target_key=target_key)
     try:
         if name.lower() == 'torch/stl10':
             from torchvision.datasets import STL10
-            parts = {'train': 'train+unlabeled', 'validation': 'test', 'val': 'test'}
-            return STL10(root, split=parts.get(split, split), download=download)
-        return create_dataset(
-            name,
+            return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
+        options = dict(
             root=root,
             split=split,
-            search_split=search_split,
             class_map=class_map,
             is_training=is_training,
-            download=download,
             batch_size=batch_size,
             num_samples=num_samples,
             seed=seed,
             input_img_mode=mode,
-            trust_remote_code=trust_remote_code,
-            input_key=input_key,
-            target_key=target_key,
+            **{key: value for key, value in optional.items() if value},
         )
-    except ImportError as error:
-        raise InputError(f'{where}: needs a package (pip install {_PACKAGES.get(prefix, "torchvision")})') from error
+        if prefix_of(name) == 'wds':
+            dataset = IterableImageDataset(root, reader=ShardReader(name=name.partition('/')[2], **options))
+        else:
+            dataset = create_dataset(
+                name, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
+    except TypeError as error:
+        given = next((key for key, value in optional.items() if value and key in str(error)), None)
+        if given:
+            raise InputError(f"--{given.replace('_', '-')}: has no meaning for {name or root}") from error
+        raise _explain(error, name, root, split, split_flag, download) from error
     except Exception as error:  # timm's readers raise whatever their libraries do
-        reason = _reason(error)
-        if 'split' in reason.lower() and 'download' not in reason.lower():
-            raise InputError(f'--train-split / --val-split {split}: {reason}') from error
-        if prefix == 'torch' and not download and 'download' in reason.lower():
-            reason += ' (--dataset-download fetches it)'
-        if isinstance(error, AssertionError) and prefix == 'torch':
-            reason = f"{reason} (among timm's: cifar10, cifar100, mnist, imagenet, inaturalist, places365, image_folder; stl10)"
-        raise InputError(f'{where}: {reason}') from error
-
-
-def labels_of(dataset: Dataset) -> Optional[List[int]]:
-    """The labels of a map-style data set, without decoding an image; None where that cannot be had."""
-    if isinstance(dataset, Subset):
-        labels = labels_of(dataset.dataset)
-        return None if labels is None else [labels[i] for i in dataset.indices]
-    for name in ('targets', 'labels'):  # torchvision
-        labels = getattr(dataset, name, None)
-        if labels is not None:
-            return [int(label) for label in labels]
-    reader = getattr(dataset, 'reader', None)
-    if hasattr(reader, 'samples'):  # folder, tar
-        return [int(sample[-1]) for sample in reader.samples]
-    if hasattr(reader, 'iter_targets'):  # hfds
-        try:
-            return [-1 if label is None else int(label) for label in reader.iter_targets()]
-        except (KeyError, TypeError, ValueError):
-            return None
-    return None
-
-
-def _limited(dataset: Dataset, indices: List[int], max_images: int, seed: int) -> Subset:
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))[:max_images]
-    return Subset(dataset, sorted(indices[i] for i in order.tolist()))
-
-
-class _First(IterableDataset):
-    """The first images of a stream."""
-
-    def __init__(self, stream: IterableDataset, count: int):
-        self.stream = stream
-        self.count = count
-
-    def set_loader_cfg(self, **kwargs: Any) -> None:
-        if hasattr(self.stream, 'set_loader_cfg'):
-            self.stream.set_loader_cfg(**kwargs)
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        share = self.count if info is None else -(-self.count // info.num_workers)
-        for _, item in zip(range(share), self.stream):
-            yield item
-
-
-def _has_own_split(name: str, root: Optional[str], split: str) -> bool:
-    """Whether a folder has a sub-folder of that name: timm silently reads the root itself where it has not."""
-    return bool(name) or (root is not None and os.path.isdir(os.path.join(root, split)))
-
-
-def open_eval_datasets(
-        name: Optional[str],
-        root: Optional[str],
-        train_split: str,
-        val_split: Optional[str],
-        *,
-        max_images: int,
-        seed: int,
-        **source: Any,
-) -> Tuple[Optional[Tuple[Dataset, Dataset]], str]:
-    """Labelled images to search and to classify by kNN while training goes on.
-
-    The split that the user names; else `validation`, `val` or `test`, where the source has it; else a fixed fifth of
-    the training images against the rest.
-
-    Args:
-        name, root, source: see `open_dataset`
-        train_split, val_split: names, `val_split` None where the user named none
-        max_images: at most so many on either side, chosen by `seed`
-        seed: of the choice
-
-    Returns:
-        (reference, query) or None where there are no labels, and a line that says what was done
-
-    Raises:
-        InputError: the split that the user named cannot be opened
-    """
-    name = name or ''
-    train = open_dataset(name, root, train_split, seed=seed, **source)
-    if is_stream(train):
-        if not val_split:
-            return None, 'none: a stream, whose labels are not known (--val-split names a labelled split)'
-        query = open_dataset(name, root, val_split, seed=seed, **source)
-        return (_First(train, max_images), _First(query, max_images)), f"{val_split} against {train_split}, first images"
-
-    labels = labels_of(train)
-    labelled = [i for i, label in enumerate(labels or []) if label >= 0]
-    if len({labels[i] for i in labelled}) < 2:
-        return None, 'none: the training images have no labels'
-    query = None
-    if val_split:
-        if not _has_own_split(name, root, val_split):
-            raise InputError(f'--val-split {val_split}: no such folder in {root}')
-        query = open_dataset(name, root, val_split, seed=seed, **source)
-    else:
-        for split in _EVAL_SPLITS:
-            if split == train_split or not _has_own_split(name, root, split):
-                continue
-            try:
-                query = open_dataset(name, root, split, seed=seed, **{**source, 'download': False})
-            except InputError:
-                continue
-            val_split = split
-            break
-    if query is not None:
-        query_labels = labels_of(query)
-        chosen = [i for i, label in enumerate(query_labels or []) if label >= 0]
-        classes, train_classes = (getattr(getattr(d, 'reader', None), 'class_to_idx', None) for d in (query, train))
-        if chosen and (not classes or not train_classes or classes == train_classes):
-            sets = _limited(train, labelled, max_images, seed), _limited(query, chosen, max_images, seed)
-            return sets, f'{len(sets[1])} images of {val_split} against {len(sets[0])} of {train_split}'
-    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed)).tolist()
-    fifth = max(1, len(order) // 5)
-    held, rest = ([labelled[i] for i in part] for part in (order[:fifth], order[fifth:]))
-    sets = _limited(train, rest, max_images, seed), _limited(train, held, max_images, seed)
-    return sets, (
-        f'{len(sets[1])} of the training images against {len(sets[0])} others, for want of a labelled split '
-        f'(all of them are trained on, without labels)')
+        raise _explain(error, name, root, split, split_flag, download) from error
+    _check_opened(dataset, name, target_key)
+    return dataset

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_cgh.errors import InputError
+
 __all__ = ['JITTER_ORDERS', 'NUM_PHOTOMETRIC', 'Photometric', 'ViewSpec', 'cut_views', 'two_views', 'view_rng']
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -77,7 +79,30 @@ def two_views(
         jitter_prob, gray_prob, blur_prob: probabilities
         blur_sigma: range of the blur, px
         interpolation: `bilinear` or `bicubic`
+
+    Raises:
+        InputError: a range or a probability that no view can have; names the flag
     """
+    for flag, (low, high), top in (
+            ('--scale', scale, 1),
+            ('--weak-scale', weak_scale or scale, 1),
+            ('--ratio', ratio, math.inf),
+            ('--gaussian-blur-sigma', blur_sigma, math.inf),
+    ):
+        if not 0 < low <= high <= top:
+            raise InputError(f'{flag} {low:g} {high:g}: must be 0 < first <= second' + ' <= 1' * (top == 1))
+    for flag, value in (
+            ('--hflip', hflip),
+            ('--color-jitter-prob', jitter_prob),
+            ('--grayscale-prob', gray_prob),
+            ('--gaussian-blur-prob', blur_prob),
+    ):
+        if not 0 <= value <= 1:
+            raise InputError(f'{flag} {value:g}: must be a probability from 0 to 1')
+    if len(color_jitter) != 4 or min(color_jitter) < 0 or color_jitter[3] > 0.5:
+        raise InputError(
+            f"--color-jitter {' '.join(f'{v:g}' for v in color_jitter)}: must be four strengths, none negative, hue at "
+            f'most 0.5')
     geometry = dict(ratio=tuple(ratio), hflip=hflip, interpolation=interpolation)
     photometric = Photometric(tuple(color_jitter), jitter_prob, gray_prob, blur_prob, tuple(blur_sigma))
     return [
@@ -110,8 +135,8 @@ def draw_crop(
             return left, top, left + w, top + h
     # an image too narrow or too flat: its central part, of the nearest ratio allowed
     aspect = width / height
-    w = width if aspect <= ratio[1] else round(height * ratio[1])
-    h = height if aspect >= ratio[0] else round(width / ratio[0])
+    w = width if aspect <= ratio[1] else max(1, round(height * ratio[1]))
+    h = height if aspect >= ratio[0] else max(1, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

@@ -1,0 +1,183 @@
+"""Every photometric operation is torchvision's, whatever else is in the batch."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from timm_cgh.data import Photometric, ViewsToDevice
+from timm_cgh.data.augment import adjust_hue, gaussian_blur, photometric, to_gray
+from timm_cgh.data.loader import Batch
+from timm_cgh.data.views import JITTER_ORDERS
+
+
+def images(batch=6, chans=3, size=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (batch, chans, size, size), dtype=torch.uint8, generator=generator)
+    x[0, :, :3] = 77  # grey pixels, whose hue is undefined
+    x[-1] = 255
+    return x
+
+
+def row(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=-1, gray=0, sigma=0.0):
+    return [brightness, contrast, saturation, hue, order, gray, sigma]
+
+
+def reference(image, params):
+    """One image after the other through torchvision's functions."""
+    x = image.float() / 255
+    factors, order, gray, sigma = params[:4].tolist(), int(params[4]), params[5] > 0, float(params[6])
+    operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for operation in JITTER_ORDERS[order] if order >= 0 else ():
+        x = operations[operation](x, factors[operation])
+    if gray:
+        x = F.rgb_to_grayscale(x, len(x))
+    if sigma > 0:
+        reach = math.ceil(3 * sigma)
+        x = F.gaussian_blur(x, [2 * reach + 1] * 2, [sigma] * 2)
+    return x
+
+
+def check(x, params):
+    params = torch.tensor(params)
+    expected = torch.stack([reference(*pair) for pair in zip(x, params)])
+    torch.testing.assert_close(photometric(x, params), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('chans', [1, 3])
+@pytest.mark.parametrize('change', [
+    dict(brightness=1.4), dict(brightness=0.0), dict(contrast=0.6), dict(contrast=1.4), dict(saturation=0.0),
+    dict(saturation=1.4), dict(hue=0.1), dict(hue=-0.5), dict(hue=0.5), dict(gray=1), dict(sigma=0.1), dict(sigma=2.0),
+])
+def test_each_operation_equals_torchvisions(change, chans):
+    x = images(chans=chans)
+    if chans == 1 and change == {'gray': 1}:
+        assert torch.equal(photometric(x, torch.tensor([row(gray=1)] * 6)), x.float().div(255))
+    else:
+        check(x, [row(**{'order': 0, **change})] * len(x))
+
+
+def test_all_orders_in_one_batch_equal_torchvisions_jitter():
+    check(images(24), [row(1.3, 0.7, 1.2, 0.08, order) for order in range(24)])
+
+
+@pytest.mark.parametrize('chans', [1, 3])
+def test_drawn_batches_equal_torchvision_image_by_image(chans):
+    spec, rng = Photometric(gray_prob=0.2 if chans == 3 else 0.0), np.random.default_rng(1)
+    check(images(48, chans, size=17), [spec.draw(rng).tolist() for _ in range(48)])
+
+
+def test_what_becomes_of_an_image_does_not_depend_on_its_batch():
+    rng = np.random.default_rng(2)
+    params = torch.from_numpy(np.stack([Photometric().draw(rng) for _ in range(12)]))
+    x = images(12)
+    alone = torch.cat([photometric(x[i:i + 1], params[i:i + 1]) for i in range(12)])
+    torch.testing.assert_close(photometric(x, params), alone, rtol=0, atol=1e-6)
+
+
+def test_unchanged_images_are_exactly_the_pixels():
+    x = images()
+    assert torch.equal(photometric(x, None), x.float() / 255)
+    assert torch.equal(photometric(x, torch.tensor([row()] * 6)), x.float() / 255)
+
+
+def test_input_is_left_as_it_was():
+    x = images()
+    before = x.clone()
+    photometric(x, torch.tensor([row(1.4, 0.6, 0.5, 0.1, 7, 1, 1.0)] * 6))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 2), (5, 8), (8, 3)])
+def test_blur_reflects_as_often_as_tiny_images_need(shape):
+    x, sigma, reach = torch.rand(2, 3, *shape), torch.tensor([2.0, 1.0]), 6
+    offsets = np.arange(-reach, reach + 1)
+    for image, s, blurred in zip(x.double().numpy(), sigma.tolist(), gaussian_blur(x, sigma, reach)):
+        width = math.ceil(3 * s)
+        kernel = np.exp(-offsets ** 2 / (2 * s * s)) * (abs(offsets) <= width)
+        kernel /= kernel.sum()
+        padded = np.pad(image, ((0, 0), (reach, reach), (reach, reach)), mode='reflect')
+        for axis in (1, 2):
+            padded = np.apply_along_axis(np.convolve, axis, padded, kernel, mode='valid')
+        np.testing.assert_allclose(blurred.numpy(), padded, atol=1e-6)
+
+
+def test_hue_of_every_coarse_colour_equals_torchvisions():
+    levels = torch.linspace(0, 1, 9)
+    colours = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 27, 27)  # all ties and all greys among them
+    for shift in (-0.5, -0.33, 0.0, 0.1, 0.5):
+        torch.testing.assert_close(
+            adjust_hue(colours.clone(), torch.tensor([shift])), F.adjust_hue(colours, shift), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('column,operation', list(enumerate([
+    F.adjust_brightness,
+    F.adjust_contrast,
+    F.adjust_saturation,
+    lambda image, _: F.rgb_to_grayscale(image, 3),
+    lambda image, sigma: F.gaussian_blur(image, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2),
+])))
+def test_8_bit_torchvision_on_pil_images_is_within_2_of_255(column, operation):
+    """torchvision cuts to 8 bits after every operation, ours never (its 8-bit HSV makes hue incomparable)."""
+    pixels = images()
+    for value in (0.6, 1.0, 1.4):
+        row = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        row[column if column < 3 else column + 2] = value
+        ours = photometric(pixels, torch.tensor([row] * len(pixels))) * 255
+        for image, result in zip(pixels, ours):
+            expected = F.pil_to_tensor(operation(F.to_pil_image(image), value))
+            assert (expected.float() - result).abs().max() <= 2
+
+
+def test_whole_turn_of_the_hue_changes_nothing():
+    x = torch.rand(4, 3, 9, 9)
+    torch.testing.assert_close(adjust_hue(x, torch.tensor([0.0, 1.0, -1.0, 2.0])), x, rtol=0, atol=1e-5)
+    third = adjust_hue(x, torch.full((4,), 1 / 3))
+    torch.testing.assert_close(third, x.roll(1, dims=1), rtol=0, atol=1e-5)  # red -> green -> blue -> red
+
+
+def test_gray_of_gray_is_itself():
+    x = torch.rand(2, 1, 4, 4)
+    assert to_gray(x) is x
+
+
+def test_result_is_float32_under_autocast():
+    x, params = images(), torch.tensor([row(1.4, 0.6, 0.5, 0.1, 7, 0, 1.0)] * 6)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        mixed = photometric(x, params)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, photometric(x, params))
+
+
+def test_two_channels_are_refused():
+    with pytest.raises(ValueError, match='1 or 3 channels'):
+        photometric(images(chans=2), None)
+
+
+@pytest.mark.parametrize('chans', [1, 3])
+def test_views_arrive_normalised(chans):
+    mean, std = [0.5, 0.4, 0.3][:chans], [0.2, 0.25, 0.3][:chans]
+    weak, strong = images(chans=chans), images(chans=chans, seed=1)
+    params = torch.tensor([row(0.6, 1.3, 1, 0, 3, 0, 1.5)] * 6)
+    batch = Batch([weak, strong], [None, params], torch.zeros(6), torch.zeros(6), [])
+    views = ViewsToDevice(mean, std, 'cpu')(batch)
+    for view, expected in zip(views, (weak.float() / 255, photometric(strong, params))):
+        torch.testing.assert_close(view, F.normalize(expected, mean, std), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_gives_the_same_and_is_never_waited_for():
+    rng = np.random.default_rng(3)
+    params = torch.from_numpy(np.stack([Photometric().draw(rng) for _ in range(64)]))
+    x = images(64, size=32)
+    batch = Batch([x.pin_memory(), x.pin_memory()], [None, params], torch.zeros(64), torch.zeros(64), [])
+    to_device = ViewsToDevice([0.5] * 3, [0.2] * 3, 'cuda')
+    to_device(batch)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        views = to_device(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    expected = ViewsToDevice([0.5] * 3, [0.2] * 3, 'cpu')(batch)
+    for view, other in zip(views, expected):
+        torch.testing.assert_close(view.cpu(), other, rtol=0, atol=1e-4)

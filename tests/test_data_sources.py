@@ -1,0 +1,226 @@
+"""Every kind of source opens to (PIL image, target) items, and what cannot be opened ends in one line."""
+import sys
+import time
+
+import numpy as np
+import pytest
+import torchvision
+from data_files import picture, write_classes, write_images, write_shards, write_tar
+from PIL import Image
+
+from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
+from timm_cgh.data.decode import read_image, read_or_next, to_mode
+from timm_cgh.data.sources import InputError
+
+
+def refused(*named, call=open_dataset, args=(), **kwargs):
+    with pytest.raises(InputError) as error:
+        call(*args, **kwargs)
+    text = str(error.value)
+    assert '\n' not in text and all(name in text for name in named), text
+
+
+def test_digits_split_is_fixed_stratified_and_complete():
+    train, test = Digits('train'), Digits('validation')
+    assert len(train) + len(test) == 1797 and abs(len(test) - 360) < 10
+    counts = np.bincount(test.targets) / (np.bincount(test.targets) + np.bincount(train.targets))
+    assert ((counts > 0.19) & (counts < 0.21)).all()
+    assert (Digits('train').images == train.images).all()
+    both = np.concatenate([train.images, test.images]).reshape(1797, -1)
+    from sklearn.datasets import load_digits
+    assert sorted(map(bytes, both)) == sorted(map(bytes, np.round(load_digits().data * 255 / 16).astype(np.uint8)))
+
+
+@pytest.mark.parametrize('chans,mode', [(1, 'L'), (3, 'RGB')])
+def test_digits_are_pictures_of_the_asked_mode(chans, mode):
+    image, label = open_dataset('digits', None, 'train', in_chans=chans)[0]
+    assert (image.mode, image.size) == (mode, (8, 8)) and label in range(10)
+    assert np.asarray(image).max() > 200
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    refused('--dataset digits', 'pip install scikit-learn', args=('digits', None, 'train'))
+
+
+def test_folder_takes_its_split_folder_by_name_or_synonym(tmp_path):
+    write_classes(tmp_path / 'training', 3)
+    write_classes(tmp_path / 'val', 2, first=50)
+    assert len(open_dataset('', tmp_path.as_posix(), 'train')) == 6
+    assert len(open_dataset('', tmp_path.as_posix(), 'validation')) == 4
+
+
+def test_flat_folder_opens(tmp_path):
+    dataset = open_dataset('', str(write_images(tmp_path / 'flat', 4)), None)
+    image, target = dataset[0]
+    assert len(dataset) == 4 and image.mode == 'RGB' and target == 0
+
+
+def test_tar_opens_and_stays_closed_between_reads(tmp_path):
+    path = write_tar(tmp_path / 'images.tar', write_classes(tmp_path / 'images', 2))
+    dataset = open_dataset('', str(path), 'train', in_chans=1)
+    assert len(dataset) == 4 and dataset[3][0].mode == 'L'
+    assert dataset.reader.tar_state.tf is None  # forked workers would move each other's place in it
+
+
+def test_tar_inside_a_folder_of_splits(tmp_path):
+    write_tar(tmp_path / 'part.tar', write_classes(tmp_path / 'elsewhere', 2))
+    assert len(open_dataset('', str(tmp_path), 'part.tar')) == 4
+
+
+def test_webdataset_stream_counts_images_not_rounded_batches(tmp_path):
+    root = str(write_shards(tmp_path / 'wds'))
+    dataset = open_dataset('wds/', root, 'shard-{000000..000001}.tar|24', is_training=True, batch_size=16)
+    assert is_stream(dataset) and num_images(dataset) == 24 != len(dataset)
+
+
+def test_torchvision_sets_open(tmp_path):
+    root = tmp_path / 'MNIST' / 'raw'
+    root.mkdir(parents=True)
+    for part, count in (('train', 4), ('t10k', 2)):
+        images = np.arange(count * 784).astype(np.uint8)
+        (root / f'{part}-images-idx3-ubyte').write_bytes(
+            b'\0\0\x08\x03' + np.array([count, 28, 28], '>i4').tobytes() + images.tobytes())
+        (root / f'{part}-labels-idx1-ubyte').write_bytes(
+            b'\0\0\x08\x01' + np.array([count], '>i4').tobytes() + bytes(range(count)))
+    dataset = open_dataset('torch/mnist', str(tmp_path), 'train')
+    image, target = read_image(dataset, 3, 'RGB')  # the file is grey
+    assert (len(dataset), image.mode, target) == (4, 'RGB', 3)
+    assert len(open_dataset('torch/MNIST', str(tmp_path), 'validation')) == 2
+    refused('--val-split', 'train and validation', args=('torch/mnist', str(tmp_path), 'half'), split_flag='--val-split')
+
+
+def test_stl10_trains_on_the_unlabelled_images_too(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(torchvision.datasets, 'STL10', lambda root, split, download: made.append(split))
+    for split in ('train', None, 'validation', 'unlabeled'):
+        open_dataset('torch/stl10', str(tmp_path), split)
+    assert made == ['train+unlabeled', 'train+unlabeled', 'test', 'unlabeled']
+
+
+def test_parquet_folder_opens_as_hfds(shared_data, tmp_path):
+    dataset = open_dataset(f"hfds/{shared_data / 'cifar10'}", str(tmp_path), 'test[:20]')
+    assert len(dataset) == 20 and read_image(dataset, 0, 'RGB')[0].size == (32, 32)
+    refused('--train-split', 'nonsense', args=(f"hfds/{shared_data / 'cifar10'}", str(tmp_path), 'nonsense'))
+
+
+def test_hfds_without_labels_opens_unlabelled(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features(image=datasets.Image())
+    table = datasets.Dataset.from_dict({'image': [picture(i) for i in range(3)]}, features=features)
+    (tmp_path / 'set').mkdir()
+    table.to_parquet(tmp_path / 'set' / 'train-0.parquet')
+    name, cache = f"hfds/{tmp_path / 'set'}", str(tmp_path / 'cache')
+    assert read_image(open_dataset(name, cache, 'train'), 1, 'RGB')[1] == -1
+    refused('--target-key kind', 'image', args=(name, cache, 'train'), target_key='kind')
+
+
+@pytest.mark.parametrize('name,root,split,named', [
+    ('', 'missing', 'train', ('--data-dir', 'missing', 'no such')),
+    ('', 'empty', 'train', ('--data-dir', 'empty', '0 images')),
+    ('', None, 'train', ('--data-dir',)),
+    ('', 'notes.txt', 'train', ('--data-dir', 'notes.txt', '.tar')),
+    ('', 'empty.tar', 'train', ('--data-dir', 'empty.tar')),
+    ('', 'images', 'half', ('--train-split half', 'cat, dog')),
+    ('', 'images.tar', 'val', ('--train-split val', 'no splits')),
+    ('cifar10', 'images', 'train', ('--dataset cifar10', 'torch/cifar10')),
+    ('timm/x', 'images', 'train', ('--dataset timm/x', 'hfds/')),
+    ('digits', None, 'half', ('digits', 'validation')),
+    ('torch/nothing', 'images', 'train', ('--dataset torch/nothing', 'cifar10', 'stl10')),
+    ('torch/cifar10', None, 'train', ('--data-dir', 'torch/cifar10')),
+    ('torch/cifar10', 'images', 'train', ('--dataset torch/cifar10', '--dataset-download')),
+    ('torch/stl10', 'images', 'train', ('--dataset torch/stl10', '--dataset-download')),
+    ('torch/image_folder', 'empty', 'train', ('--dataset torch/image_folder',)),
+    ('hfds/./missing', None, 'train', ('--dataset hfds/./missing', 'no such folder')),
+    ('wds/', 'missing', 'train', ('--data-dir', 'missing')),
+    ('wds/', 'images', 'shard-{000000..000001}.tar|24', ('--data-dir', 'shard-000000.tar')),
+    ('wds/', 'shards', 'shard-{000000..000001}.tar', ('--num-samples',)),
+    ('wds/', 'shards', 'half', ('--train-split half',)),
+])
+def test_a_source_that_cannot_be_opened_is_refused_in_one_line(tmp_path, monkeypatch, name, root, split, named):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / 'images', 2)
+    write_tar(tmp_path / 'images.tar', tmp_path / 'images')
+    (tmp_path / 'empty').mkdir()
+    write_tar(tmp_path / 'empty.tar', tmp_path / 'empty')
+    write_shards(tmp_path / 'shards', per_shard=1)
+    (tmp_path / 'notes.txt').write_text('no image')
+    refused(*named, args=(name, root and str(tmp_path / root), split), is_training=True)
+
+
+@pytest.mark.parametrize('name', ['hfds/nothing', 'hfds/timm/nothing', 'hfids/timm/nothing'])
+def test_names_of_the_hub_are_refused_at_once_when_offline(tmp_path, monkeypatch, name):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+    hub = pytest.importorskip('huggingface_hub')
+    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
+    start = time.perf_counter()
+    refused(f'--dataset {name}', args=(name, str(tmp_path), 'train'))
+    assert time.perf_counter() - start < 3
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
+    refused('--dataset tfds/mnist', 'pip install tensorflow-datasets', args=('tfds/mnist', str(tmp_path), 'train'))
+
+
+def test_options_without_meaning_are_refused(tmp_path):
+    root = str(write_classes(tmp_path / 'images', 2))
+    refused('--target-key', args=('', root, 'train'), target_key='label')
+    refused('--class-map', args=('', root, 'train'), class_map='missing.txt')
+    refused('--in-chans 4', call=image_mode, args=(4,))
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'I;16', 'I', 'F'])
+@pytest.mark.parametrize('wanted', ['L', 'RGB'])
+def test_pictures_of_every_mode_convert(mode, wanted):
+    gray = picture(0, mode='L')
+    if mode in ('I;16', 'I', 'F'):
+        unit = {'I;16': np.uint16(257), 'I': np.int32(257), 'F': np.float32(1 / 255)}[mode]
+        image = Image.fromarray(np.asarray(gray).astype(unit.dtype) * unit)  # Pillow's own conversion does not scale
+    else:
+        image = picture(0).convert(mode) if mode != '1' else gray.convert('1')
+    assert image.mode == mode
+    converted = to_mode(image, wanted)
+    assert converted.mode == wanted
+    if mode in ('L', 'I;16', 'I', 'F'):
+        expected = gray if mode != 'L' else image
+        np.testing.assert_array_equal(np.asarray(converted), np.asarray(expected.convert(wanted)))
+
+
+def test_transparent_palette_converts_without_a_warning(recwarn):
+    image = picture(0).convert('P')
+    image.info['transparency'] = bytes(range(256))
+    assert to_mode(image, 'RGB').mode == 'RGB' and not recwarn.list
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png'])
+def test_truncated_files_are_passed_over_and_named(tmp_path, suffix):
+    for i in range(3):
+        picture(i, size=64).save(tmp_path / f'{i}{suffix}')
+    whole = (tmp_path / f'1{suffix}').read_bytes()
+    dataset = open_dataset('', str(tmp_path), 'train')
+    for length in (0, 3, 40, len(whole) // 2):
+        (tmp_path / f'1{suffix}').write_bytes(whole[:length])
+        image, _, unreadable = read_or_next(dataset, 1, 'RGB')
+        assert unreadable == [str(tmp_path / f'1{suffix}')]
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(read_image(dataset, 2, 'RGB')[0]))
+
+
+def test_scrambled_files_never_raise_anything_else(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        picture(i, size=32).save(tmp_path / f'{i}.png')
+    dataset, whole = open_dataset('', str(tmp_path), 'train'), (tmp_path / '0.png').read_bytes()
+    for _ in range(60):
+        broken = bytearray(whole)
+        for place in rng.integers(0, len(whole), 8):
+            broken[place] = rng.integers(256)
+        (tmp_path / '0.png').write_bytes(broken)
+        assert read_or_next(dataset, 0, 'RGB')[0].size is not None
+
+
+def test_ten_unreadable_images_in_a_row_are_an_error(tmp_path):
+    for i in range(12):
+        (tmp_path / f'{i}.jpg').write_bytes(b'not an image')
+    refused('--data-dir', '0.jpg', call=read_or_next, args=(open_dataset('', str(tmp_path), 'train'), 0, 'RGB'))

@@ -1,0 +1,158 @@
+"""What is random about a view: of what it is a function, and how it is distributed."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from timm_cgh.data import Photometric, two_views
+from timm_cgh.data.views import JITTER_ORDERS, ViewSpec, cut_views, draw_crop, view_rng
+from timm_cgh.errors import InputError
+
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+
+
+def picture(width=40, height=30, mode='RGB', seed=0):
+    shape = (height, width, 3) if mode == 'RGB' else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8))
+
+
+def test_a_view_is_a_function_of_seed_epoch_index_and_view():
+    base = (1, 2, 3, 4)
+    draws = {base: view_rng(*base).random()}
+    assert view_rng(*base).random() == draws[base]
+    for place in range(4):
+        for value in range(20, 30):
+            key = (*base[:place], value, *base[place + 1:])
+            draws[key] = view_rng(*key).random()
+    assert len(set(draws.values())) == len(draws)
+
+
+def test_a_view_does_not_depend_on_global_generators_or_on_the_other_views():
+    specs = two_views(16)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    views, rows = cut_views(picture(), specs, seed=1, epoch=2, index=3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    again, rows_again = cut_views(picture(), [*specs, ViewSpec(8)], seed=1, epoch=2, index=3)
+    assert all(torch.equal(a, b) for a, b in zip(views, again)) and again[2].shape == (3, 8, 8)
+    assert torch.equal(rows[1], rows_again[1])
+    other, _ = cut_views(picture(), specs, seed=1, epoch=3, index=3)
+    assert not torch.equal(views[0], other[0]) and not torch.equal(views[0], views[1])
+
+
+def test_views_are_uint8_of_the_asked_size_and_only_the_contrastive_one_has_parameters():
+    for mode, chans in (('RGB', 3), ('L', 1)):
+        views, rows = cut_views(picture(mode=mode), two_views(20), 0, 0, 0)
+        assert [tuple(v.shape) for v in views] == [(chans, 20, 20)] * 2
+        assert all(v.dtype == torch.uint8 and v.is_contiguous() for v in views)
+        assert rows[0] is None and rows[1].shape == (7,) and rows[1].dtype == torch.float32
+
+
+def test_view_is_pillows_crop_resize_and_flip():
+    image = picture(64, 48)
+    flipped = 0
+    for index in range(12):
+        spec = ViewSpec(16, interpolation='bicubic' if index % 2 else 'bilinear')
+        view = cut_views(image, [spec], 0, 0, index)[0][0]
+        rng = view_rng(0, 0, index, 0)
+        box = draw_crop(rng, 64, 48, spec.scale, spec.ratio)
+        method = Image.Resampling.BICUBIC if index % 2 else Image.Resampling.BILINEAR
+        expected = np.array(image.crop(box).resize((16, 16), method)).transpose(2, 0, 1)
+        if rng.random() < 0.5:
+            expected, flipped = expected[:, :, ::-1], flipped + 1
+        assert np.array_equal(view.numpy(), expected)
+    assert 0 < flipped < 12
+
+
+@pytest.mark.parametrize('width, height', [(1, 1), (1, 7), (7, 1), (2, 3), (1000, 2), (3, 999), (32, 32), (500, 333)])
+@pytest.mark.parametrize('scale, ratio', [
+    (SCALE, RATIO),
+    ((0.001, 0.01), RATIO),
+    ((1.0, 1.0), RATIO),
+    (SCALE, (0.1, 0.2)),
+    (SCALE, (5, 9)),
+])
+def test_crops_lie_inside_the_image_and_hold_a_pixel(width, height, scale, ratio):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        left, top, right, bottom = draw_crop(rng, width, height, scale, ratio)
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    cut_views(picture(width, height), [ViewSpec(8, scale, ratio)], 0, 0, 0)
+
+
+@pytest.mark.parametrize('width, height', [(64, 64), (500, 333), (200, 40)])
+def test_crops_are_distributed_as_torchvisions(width, height):
+    rng = np.random.default_rng(1)
+    ours = np.array([draw_crop(rng, width, height, SCALE, RATIO) for _ in range(3000)])
+    torch.manual_seed(1)
+    image = torch.empty(1, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(3000)])  # top, left, h, w
+    w, h = ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]
+    for a, b in (
+            (w * h, theirs[:, 2] * theirs[:, 3]),
+            (w / h, theirs[:, 3] / theirs[:, 2]),
+            (ours[:, 0], theirs[:, 1]),
+            (ours[:, 1], theirs[:, 0]),
+    ):
+        assert stats.ks_2samp(a, b).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('probability', [0.0, 0.3, 1.0])
+def test_flips_come_with_their_probability(probability):
+    image = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (2, 1)))  # dark left, bright right
+    spec = ViewSpec(2, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=probability)
+    flips = sum(int(cut_views(image, [spec], 0, 0, i)[0][0][0, 0, 0] > 128) for i in range(1000))
+    assert abs(flips / 1000 - probability) < 5 * math.sqrt(probability * (1 - probability) / 1000) + 1e-9
+
+
+def test_photometric_rows_have_the_recipes_ranges_and_probabilities():
+    rng = np.random.default_rng(0)
+    rows = np.stack([Photometric().draw(rng) for _ in range(4000)])
+    assert rows.dtype == np.float32
+    for column, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):
+        assert stats.kstest(rows[:, column], 'uniform', (low, high - low)).pvalue > 1e-3
+    jittered = rows[:, 4] >= 0
+    assert abs(jittered.mean() - 0.8) < 0.03
+    counts = np.bincount(rows[jittered, 4].astype(int), minlength=len(JITTER_ORDERS))
+    assert stats.chisquare(counts).pvalue > 1e-3  # each of the 24 orders alike
+    assert set(np.unique(rows[:, 5])) == {0, 1} and abs(rows[:, 5].mean() - 0.2) < 0.03
+    blurred = rows[:, 6] > 0
+    assert abs(blurred.mean() - 0.5) < 0.04
+    assert stats.kstest(rows[blurred, 6], 'uniform', (0.1, 1.9)).pvalue > 1e-3
+
+
+def test_probabilities_0_and_1_are_exact_and_strong_brightness_stays_positive():
+    rng = np.random.default_rng(0)
+    never = np.stack([Photometric((3, 0, 0, 0), 0, 0, 0).draw(rng) for _ in range(200)])
+    always = np.stack([Photometric(jitter_prob=1, gray_prob=1, blur_prob=1).draw(rng) for _ in range(200)])
+    assert (never[:, 4] == -1).all() and not never[:, 5:].any() and (never[:, 0] >= 0).all()
+    assert (never[:, 1:3] == 1).all() and not never[:, 3].any()
+    assert (always[:, 4] >= 0).all() and always[:, 5].all() and (always[:, 6] >= 0.1).all()
+
+
+def test_two_views_are_a_weak_and_a_contrastive_one():
+    weak, contrastive = two_views(32, scale=(0.1, 0.5), weak_scale=(0.5, 1), hflip=0.2)
+    assert weak.photometric is None and weak.scale == (0.5, 1) and weak.hflip == contrastive.hflip == 0.2
+    assert contrastive.photometric == Photometric() and contrastive.scale == (0.1, 0.5)
+    assert two_views(32)[0].scale == (0.2, 1.0)
+
+
+@pytest.mark.parametrize('flag, setting', [
+    ('--scale', dict(scale=(0.5, 0.2))),
+    ('--scale', dict(scale=(0.5, 2))),
+    ('--weak-scale', dict(weak_scale=(0, 1))),
+    ('--ratio', dict(ratio=(4 / 3, 3 / 4))),
+    ('--gaussian-blur-sigma', dict(blur_sigma=(2, 0.1))),
+    ('--hflip', dict(hflip=1.5)),
+    ('--grayscale-prob', dict(gray_prob=-0.1)),
+    ('--color-jitter', dict(color_jitter=(0.4, 0.4, 0.4, 0.6))),
+])
+def test_impossible_strengths_name_their_flag(flag, setting):
+    with pytest.raises(InputError, match=f'^{flag} ') as caught:
+        two_views(32, **setting)
+    assert '\n' not in str(caught.value)

@@ -1,0 +1,318 @@
+"""Linear evaluation: its parts, and eval_linear.py by its command line."""
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
+
+from conftest import REPOSITORY
+from timm_cgh.data import Digits, labels_of
+from timm_cgh.errors import InputError
+from timm_cgh.eval import create_eval_loader
+from timm_cgh.eval.classifier import as_classifier, class_names, top_accuracy, weights_digest
+from timm_cgh.eval.crops import BlockSampler, CropLoader
+from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, losses_of
+from timm_cgh.hub import export_backbone
+
+CONFIG = dict(input_size=(1, 16, 16), mean=(0.3,), std=(0.37,), interpolation='bilinear')
+DIGITS = ['--dataset', 'digits', '--in-chans', '1', '--batch-size', '256', '--workers', '0', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def encoder(tmp_path_factory):
+    """Export folder of a small backbone."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=0, in_chans=1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)  # statistics that would show if they were touched
+    return export_backbone(model, tmp_path_factory.mktemp('run') / 'export', **CONFIG)
+
+
+def linear(encoder, output, *args):
+    """Exit code and results of a run in this process."""
+    script = importlib.import_module('eval_linear')
+    results = output.parent / f'{output.name}.json'
+    code = script.cli([str(a) for a in (
+        '--model', f'local-dir:{encoder}', *DIGITS, '--output', output, '--results-file', results, *args)])
+    found = json.loads(results.read_text()) if results.exists() else None
+    return code, found[0] if isinstance(found, list) else found
+
+
+def refused(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        linear(*args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def heads_of(output):
+    return torch.load(output / 'last.pth.tar', weights_only=True)['heads']
+
+
+def fit(heads, loader, lrs, epochs=3):
+    optimizer = torch.optim.SGD([dict(g, lr=lr) for g, lr in zip(heads.param_groups(), lrs)], momentum=0.9)
+    for epoch in range(epochs):
+        for features, labels, count in loader.epoch(epoch):
+            (losses_of(heads(features), labels).sum() / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return heads
+
+
+def random_features(count=150, width=12, classes=7):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, width, generator=generator), torch.randint(classes, (count,), generator=generator)
+
+
+# ---- the parts
+
+def test_every_head_learns_what_it_would_alone():
+    features, labels = random_features()
+    lrs = [0.01, 0.3, 3.0]
+    together = fit(LinearHeads(12, 7, lrs), FeatureLoader(features, labels, 32), lrs)
+    for i, lr in enumerate(lrs):
+        alone = torch.nn.Linear(12, 7).double()
+        start = LinearHeads(12, 7, [lr])
+        alone.load_state_dict({'weight': start.weights[0], 'bias': start.biases[0]})
+        optimizer = torch.optim.SGD(alone.parameters(), lr=lr, momentum=0.9)
+        for epoch in range(3):
+            for x, y, _ in FeatureLoader(features, labels, 32).epoch(epoch):
+                optimizer.zero_grad()
+                F.cross_entropy(alone(x.double()), y).backward()
+                optimizer.step()
+        torch.testing.assert_close(together.weights[i].double(), alone.weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(together.biases[i].double(), alone.bias, rtol=1e-3, atol=1e-4)
+
+
+def test_head_that_diverges_leaves_the_others_alone():
+    features, labels = random_features()
+    loader = FeatureLoader(features, labels, 32)
+    both = fit(LinearHeads(12, 7, [0.1, 1e38]), loader, [0.1, 1e38])
+    one = fit(LinearHeads(12, 7, [0.1]), loader, [0.1])
+    assert not both.weights[1].isfinite().all()
+    torch.testing.assert_close(both.weights[0], one.weights[0])
+    results = evaluate_heads(both, features, labels)
+    assert results[1]['top1'] == 0 and best_head(results) == 0
+
+
+def test_heads_start_small_and_equal():
+    heads = LinearHeads(2000, 10, [0.1, 1.0])
+    assert torch.equal(heads.weights[0], heads.weights[1])
+    assert heads.weights[0].std().item() == pytest.approx(0.01, rel=0.05)
+    assert not heads.biases[0].any()
+
+
+def test_accuracy_of_the_heads_equals_a_naive_count():
+    features, labels = random_features(501)
+    heads = LinearHeads(12, 7, [0.1, 1.0], seed=5)
+    torch.nn.init.normal_(heads.weights[1])
+    for i, result in enumerate(evaluate_heads(heads, features, labels, chunk=100)):
+        logits = features @ heads.weights[i].T + heads.biases[i]
+        order = logits.argsort(dim=1, descending=True)
+        top1 = sum(int(o[0] == y) for o, y in zip(order, labels))
+        top5 = sum(int(y in o[:5]) for o, y in zip(order, labels))
+        assert result['top1'] == pytest.approx(100 * top1 / 501, abs=1e-9)
+        assert result['top5'] == pytest.approx(100 * top5 / 501, abs=1e-9)
+        assert torch.equal(result['predictions'], order[:, 0])
+
+
+def test_top5_of_three_classes_counts_all():
+    logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [1, 3, 2]])
+    assert top_accuracy(logits, torch.tensor([0, 0, 0])) == (pytest.approx(100 / 3), 100)
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_every_image_comes_once_an_epoch_over_all_processes(world_size):
+    samplers = [BlockSampler(51, 8, 1, rank, world_size) for rank in range(world_size)]
+    parts = [list(s.blocks()) for s in samplers]
+    assert sorted(torch.cat([i for p in parts for i in p]).tolist()) == list(range(51))
+    one = list(BlockSampler(51, 8 * world_size, 1).blocks())
+    for batch, block in enumerate(one):
+        together = torch.cat([p[batch] for p in parts])
+        assert sorted(together.tolist()) == sorted(block.tolist())
+        assert len(block) == samplers[0].block_size(batch)
+
+
+def test_last_batch_with_too_few_images_for_a_process_is_left_out():
+    assert [len(BlockSampler(n, 4, 1, 0, 2, least=2)) for n in (16, 19, 20)] == [2, 2, 3]
+    with pytest.raises(InputError, match='too few'):
+        BlockSampler(3, 4, 1, 0, 2, least=2)
+
+
+def test_crops_depend_on_seed_epoch_and_image_alone():
+    def batches(epoch, **kwargs):
+        torch.rand(3)  # the process's own generator does not matter
+        return [(x, y) for x, y, _ in CropLoader(digits, CONFIG, 16, **{'seed': 1, **kwargs}).epoch(epoch)]
+
+    digits = torch.utils.data.Subset(Digits('train', 'L'), range(40))
+    first = batches(0)
+    assert [len(x) for x, _ in first] == [16, 16, 8] and first[0][0].shape[1:] == (1, 16, 16)
+    for other in (batches(0), batches(0, workers=2)):
+        for (x, y), (x2, y2) in zip(first, other):
+            assert torch.equal(x, x2) and torch.equal(y, y2)
+    assert not torch.equal(first[0][0], batches(1)[0][0])
+    assert not torch.equal(first[0][0], batches(0, seed=2)[0][0])
+
+
+@pytest.mark.parametrize('name', [
+    'test_resnet', 'test_vit', 'test_efficientnet', 'test_convnext', 'mobilenetv3_small_050', 'levit_128s',
+    'deit_tiny_distilled_patch16_224'])
+def test_backbone_and_head_are_one_timm_classifier(name):
+    backbone = timm.create_model(name, num_classes=0).eval()
+    size = backbone.pretrained_cfg['input_size']
+    weight, bias = torch.randn(6, backbone.head_hidden_size), torch.randn(6)
+    digest = weights_digest(backbone)
+    model = as_classifier(backbone, weight, bias, dict(input_size=size))
+    images = torch.randn(2, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), F.linear(backbone(images), weight, bias), rtol=1e-3, atol=1e-3)
+    assert model.num_classes == 6 and weights_digest(backbone) == digest
+
+
+def test_digest_sees_a_single_bit():
+    model = timm.create_model('test_resnet', num_classes=0)
+    before = weights_digest(model)
+    next(model.buffers()).view(-1)[0].add_(1e-7)
+    assert weights_digest(model) != before
+
+
+def test_names_of_the_classes():
+    assert class_names(Digits('train', 'L'), 10) == [str(i) for i in range(10)]
+    assert class_names(Digits('train', 'L'), 9) is None
+
+
+# ---- the command line
+
+@pytest.fixture(scope='module')
+def augmented(encoder, tmp_path_factory):
+    """A run with augmentation, all the files it leaves."""
+    output = tmp_path_factory.mktemp('linear') / 'augmented'
+    code, results = linear(encoder, output, '-b', '64', '--epochs', '4', '--lr', '3', '30', '100', '--val-interval', '2')
+    assert code == 0
+    return output, results
+
+
+def test_run_reports_the_best_and_all_heads(augmented):
+    output, results = augmented
+    assert list(results['heads']) == ['3', '30', '100']
+    assert results['top1'] == max(head['top1'] for head in results['heads'].values())
+    assert results['top1'] > 20 and results['top5'] >= results['top1']
+    assert results['top1_err'] == pytest.approx(100 - results['top1'])
+    with open(output / 'summary.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [r['epoch'] for r in rows] == ['0', '1', '2', '3']
+    assert [bool(r['eval_top1_lr3']) for r in rows] == [False, True, False, True]
+    for name in ('confusion.png', 'classes.png'):
+        assert (output / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_backbone_is_bit_identical_after_training(encoder, augmented):
+    before = load_file(encoder / 'model.safetensors')
+    after = load_file(augmented[0] / 'export' / 'model.safetensors')
+    assert set(after) - set(before) == {'fc.weight', 'fc.bias'}
+    assert any('running_mean' in name for name in before)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_export_is_a_timm_classifier_of_the_reported_accuracy(augmented):
+    output, results = augmented
+    model = timm.create_model(f'local-dir:{output}/export', pretrained=True).eval()
+    assert model.num_classes == 10
+    assert model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
+    digits = Digits('validation', 'L')
+    (images, labels), = create_eval_loader(digits, CONFIG, batch_size=len(digits))
+    with torch.no_grad():
+        top1 = 100 * (model(images).argmax(dim=1) == labels).double().mean().item()
+    assert top1 == pytest.approx(results['top1'], abs=1e-3)
+
+
+def test_best_of_several_rates_is_as_good_as_each_alone(encoder, augmented, tmp_path):
+    code, alone = linear(encoder, tmp_path / 'alone', '-b', '64', '--epochs', '4', '--lr', '30')
+    assert code == 0
+    assert augmented[1]['heads']['30']['top1'] == pytest.approx(alone['top1'], abs=0.6)  # two images
+
+
+def test_cached_features_learn_the_digits(encoder, tmp_path):
+    code, results = linear(encoder, tmp_path / 'cached', '--cache-features', '--epochs', '40')
+    assert code == 0 and results['protocol'] == 'linear, cached features'
+    assert results['top1'] > 60 and len(results['heads']) == 7
+
+
+@pytest.mark.parametrize('cached', [[], ['--cache-features']])
+def test_resumed_run_equals_an_uninterrupted_one(encoder, tmp_path, monkeypatch, cached):
+    args = ['--epochs', '3', '--lr', '1', '10', '--val-interval', '1', *cached]
+    linear(encoder, tmp_path / 'whole', *args)
+    script = importlib.import_module('eval_linear')
+    save_state = script.save_state
+
+    def killed(*a, **k):
+        save_state(*a, **k)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, 'save_state', killed)
+        linear(encoder, tmp_path / 'broken', *args)
+    assert torch.load(tmp_path / 'broken' / 'last.pth.tar', weights_only=True)['epoch'] == 1
+    code, _ = linear(encoder, tmp_path / 'broken', *args, '--resume', 'auto')
+    assert code == 0
+    whole, resumed = heads_of(tmp_path / 'whole'), heads_of(tmp_path / 'broken')
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    with open(tmp_path / 'broken' / 'summary.csv', newline='') as file:
+        assert [r['epoch'] for r in csv.DictReader(file)] == ['0', '1', '2']
+
+
+def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
+    assert '--resume auto' in refused(capsys, encoder, augmented[0], '--epochs', '4')
+
+
+@pytest.mark.parametrize('args, named', [
+    (['--resume', 'auto', '--lr', '3', '30', '100', '--epochs', '5'], 'another epochs'),
+    (['--resume', 'auto', '--lr', '1', '--epochs', '4'], 'another lr'),
+    (['--resume', 'missing.pth.tar'], 'no such file'),
+    (['--lr', '-1'], '--lr'),
+    (['--scale', '0.9', '0.2'], '--scale'),
+])
+def test_refusals_are_one_line(encoder, augmented, capsys, args, named):
+    assert named in refused(capsys, encoder, augmented[0], *args)
+
+
+def test_rates_that_all_diverge_end_with_a_word(encoder, tmp_path, caplog):
+    code, results = linear(encoder, tmp_path / 'wild', '--cache-features', '--epochs', '3', '--lr', '1e38')
+    assert code == 1 and results is None
+    assert 'diverged' in caplog.text
+
+
+@pytest.mark.parametrize('config, lr', [('small', 3.0), ('imagenet', 0.3)])
+def test_configs_hold_the_protocols_of_the_paper(config, lr):
+    script = importlib.import_module('eval_linear')
+    args = script.parser.parse(['-c', str(REPOSITORY / 'configs' / f'eval_linear_{config}.yaml')])
+    assert (args.lr, args.epochs, args.batch_size, args.momentum, args.weight_decay) == ([lr], 100, 256, 0.9, 0)
+    assert args.scale == [0.08, 1.0] and not args.cache_features
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(encoder, tmp_path):
+    args = ['--epochs', '2', '--lr', '1', '10']
+    code, one = linear(encoder, tmp_path / 'one', *args)
+    assert code == 0
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         str(REPOSITORY / 'eval_linear.py'), '--model', f'local-dir:{encoder}', *DIGITS, '--batch-size', '128', *args,
+         '--output', str(tmp_path / 'two')],
+        env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, value in heads_of(tmp_path / 'one').items():
+        torch.testing.assert_close(heads_of(tmp_path / 'two')[name], value, rtol=1e-3, atol=1e-4)
+    two = json.loads(done.stdout[done.stdout.index('{'):])
+    assert two['top1'] == pytest.approx(one['top1'], abs=0.3)  # one image at the border

@@ -1,0 +1,109 @@
+"""One image out of a data set, decoded and in the wanted mode; what cannot be read is passed over and named."""
+import struct
+import tarfile
+import zlib
+from typing import Any, List, Tuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+
+from timm_cgh.errors import InputError
+
+__all__ = ['image_name', 'read_image', 'read_or_next', 'to_label', 'to_mode']
+
+_MAX_UNREADABLE = 10  # in a row, before a data set is given up
+# what Pillow and timm's readers raise on broken files, missing files and empty cells
+_UNREADABLE = (
+    AssertionError,
+    EOFError,
+    Image.DecompressionBombError,
+    OSError,
+    OverflowError,
+    struct.error,
+    SyntaxError,
+    tarfile.TarError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Decode an image and convert it to `L` or `RGB`; transparency is dropped, as timm does.
+
+    Pillow clips grey levels of more than 8 bits where it should scale them: integers are taken as 16 bits wide, floating
+    point as [0, 1] where nothing exceeds 1.
+    """
+    image.load()
+    if image.mode.startswith('I') or image.mode == 'F':
+        values = np.asarray(image).astype(np.float32)
+        scale = 1 / 257 if image.mode != 'F' else 255.0 if values.max(initial=0) <= 1 else 1.0
+        image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    elif image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')  # the detour that Pillow asks for
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_label(target: Any) -> int:
+    """The class of an item, -1 where it has none or several."""
+    try:
+        return int(target)
+    except (TypeError, ValueError):
+        return -1
+
+
+def read_image(dataset: Dataset, index: int, mode: str) -> Tuple[Image.Image, int]:
+    """Image and label of an item, without the data set's own transform; raises what the decoder raises.
+
+    Args:
+        dataset: map-style, gives (PIL image, target) items; a `Subset` is looked through
+        index: of the item
+        mode: `L` or `RGB`
+    """
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    if hasattr(dataset, 'reader'):  # past timm's own item access, which replaces what it cannot read without a name
+        file, target, *_ = dataset.reader[index]
+        with file:
+            return to_mode(Image.open(file), mode), to_label(target)
+    image, target = dataset[index][:2]
+    return to_mode(image, mode), to_label(target)
+
+
+def image_name(dataset: Dataset, index: int) -> str:
+    """File name of an item, or its number where the source knows no names."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    try:
+        name = dataset.filename(index, absolute=True)
+    except Exception:  # not every reader has names, and they fail in their own ways
+        name = None
+    return str(name) if name else f'image {index}'
+
+
+def read_or_next(dataset: Dataset, index: int, mode: str) -> Tuple[Image.Image, int, List[str]]:
+    """Read an image, or the first readable one after it.
+
+    Args:
+        dataset, index, mode: see `read_image`
+
+    Returns:
+        image, label, names of the images that were passed over
+
+    Raises:
+        InputError: ten in a row cannot be read
+        IndexError: no such item
+    """
+    if not 0 <= index < len(dataset):
+        raise IndexError(f'image {index} of {len(dataset)}')
+    unreadable: List[str] = []
+    for step in range(_MAX_UNREADABLE):
+        place = (index + step) % len(dataset)
+        try:
+            return *read_image(dataset, place, mode), unreadable
+        except _UNREADABLE as error:
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            unreadable.append(image_name(dataset, place))
+    raise InputError(
+        f'--data-dir: {_MAX_UNREADABLE} images in a row cannot be read, from {unreadable[0]} on, last: {reason[:200]}')

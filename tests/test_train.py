@@ -158,7 +158,8 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
     ['--context', 'same', '--predictor', '--hyper-norm', 'group'],
     ['--context', 'global', '--opt', 'adamw', '--opt-betas', '0.9', '0.95', '--no-decay-norm-bias'],
     ['--features-only', '--out-indices', '1', '3', '--drop-path', '0.1'],
-    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--clip-grad', '1', '--grad-accum-steps', '2'],
+    # 64 px: torch's bfloat16 convolution on a CPU reads memory that it has not written where a map has one position
+    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--clip-grad', '1', '--grad-accum-steps', '2', '--img-size', '64'],
     ['--torchcompile', 'eager', '--out-indices', '-4', '-3', '-2', '-1'],
     ['--grad-checkpointing', '--weak-scale', '0.5', '1', '--train-interpolation', 'bicubic'],
     ['--sched', 'multistep', '--decay-milestones', '1', '--warmup-epochs', '0.5', '--min-lr', '1e-5'],
@@ -184,7 +185,7 @@ def test_a_corrupt_image_is_named_counted_and_passed_over(tmp_path):
     (folder / 'cat' / '000.jpg').write_bytes((folder / 'cat' / '002.jpg').read_bytes()[:200])
     text = check_ok(train(*TINY, '--data-dir', folder, '--epochs', 2, '--knn-interval', 0, '--workers', 1,
                           '--output', tmp_path, '--experiment', 'run'))
-    assert text.count('Unreadable image passed over: cat/000.jpg') == 1 and '1 unreadable' in text
+    assert len(re.findall(r'Unreadable image passed over: \S+cat/000\.jpg', text)) == 1 and '1 unreadable' in text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):
@@ -277,8 +278,8 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
-    args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 8, '--log-interval', 1,
-            '--workers', 1, '--resume', 'auto', '--output', tmp_path]
+    args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4, '--log-interval', 1,
+            '--workers', 1, '--knn-interval', 0, '--resume', 'auto', '--output', tmp_path]
     process = subprocess.Popen(command(*args, '--experiment', 'run'), env=ENV, cwd=REPOSITORY, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = []

@@ -3,7 +3,7 @@
 
     python train.py                                     # scikit-learn's digits, two minutes on two cores
     python train.py --data-dir images/ --model resnet50 --epochs 200
-    torchrun --nproc_per_node 8 train.py --config configs/imagenet_200ep.yaml --data-dir imagenet/
+    torchrun --nproc_per_node 8 train.py --config my.yaml --data-dir imagenet/
 """
 import argparse
 import contextlib
@@ -31,15 +31,14 @@ from timm_cgh.data import (
     Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_eval_datasets,
     two_views)
 from timm_cgh.errors import InputError, blame
-from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.monitor import KnnMonitor
+from timm_cgh.eval.relations import RelationTracker, relation_columns, selection_text
 from timm_cgh.files import atomic_write
-from timm_cgh.hub import export_backbone
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.progress import Progress, StopRequest
-from timm_cgh.report import save_curves
 from timm_cgh.run import (
-    build_task, choose_settings, open_run_folder, order_of, resolve_data_config, restore, warn_if_collapsed)
+    build_task, choose_settings, create_tracker, leave_files, open_run_folder, order_of, resolve_data_config, restore,
+    warn_if_collapsed)
 from timm_cgh.summary import Summary
 from timm_cgh.task import CGHTask, Meter, RunSaver
 
@@ -149,6 +148,9 @@ group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
                    help='batches between recovery checkpoints, 0 for none')
 group.add_argument('--knn-interval', type=natural, default=5, metavar='N', help='epochs between kNN checks, 0 for none')
 group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N', help='at most, on either side of kNN')
+group.add_argument('--track-relations', type=selection_text, nargs='?', const='10/K', metavar='THRESHOLD',
+                   help="recall and precision of the teacher's positives (Fig. 2), for one batch per --log-interval: "
+                        'where its probability is at least 10/K (default), or the top20; wants labelled images')
 group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
 group.add_argument('--log-wandb', action='store_true')
 group.add_argument('--log-tensorboard', action='store_true')
@@ -171,6 +173,7 @@ class Parts(NamedTuple):
     saver: RunSaver
     stop: StopRequest
     unreadable: Set[str]
+    tracker: Optional[RelationTracker]
 
 
 def train_one_epoch(args, parts, epoch, start, meter, knn):
@@ -182,7 +185,7 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
     Raises:
         FloatingPointError: the loss is not finite
     """
-    task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable = parts
+    task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker = parts
     steps, accum, distributed = len(loader), args.grad_accum_steps, dist.is_initialized()
     amp_dtype = getattr(torch, args.amp_dtype)
     task.train()
@@ -215,7 +218,8 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
         update = i + 1 == group_start + group_size
         with contextlib.nullcontext() if update else task.no_sync():
             with torch.autocast(to_device.device.type, dtype=amp_dtype, enabled=args.amp):
-                result = task(to_device(batch), batch.target)
+                measured = (i + 1) % args.log_interval == 0 or i + 1 == steps
+                result = task(to_device(batch), batch.target, observe=tracker if measured else None)
             loss = result['loss'] / group_size
             if scaler is not None:
                 parameters = list(task.student.parameters())
@@ -293,6 +297,7 @@ def main(argv=None):
     images = num_images(dataset)
     choose_settings(args, images)
     task, model_kwargs = build_task(args)
+    tracker = create_tracker(args, task, dataset)
     data_config = resolve_data_config(args, task.student.backbone.pretrained_cfg)
     img_size = data_config['input_size'][-1]
     with blame('--img-size', img_size), torch.no_grad():
@@ -403,11 +408,11 @@ def main(argv=None):
         with atomic_write(os.path.join(folder, 'args.yaml')) as file:
             yaml.safe_dump(given, file, default_flow_style=None, sort_keys=False)
         if args.log_wandb:
-            with blame('--log-wandb', ''):
+            with blame('--log-wandb'):
                 import wandb
                 wandb.init(project='timm-cgh', name=os.path.basename(folder), config=given)
         if args.log_tensorboard:
-            with blame('--log-tensorboard', ''):
+            with blame('--log-tensorboard'):
                 from torch.utils.tensorboard import SummaryWriter
                 board = SummaryWriter(folder)
 
@@ -435,7 +440,7 @@ def main(argv=None):
 
     # ---- training
     stop, unreadable, finished = StopRequest(), set(), True
-    parts = Parts(task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable)
+    parts = Parts(task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker)
     with logging_redirect_tqdm():
         for epoch in range(start_epoch, args.epochs):
             try:
@@ -451,7 +456,7 @@ def main(argv=None):
             last = epoch + 1 == args.epochs
             knn_now = check_knn() if args.knn_interval and ((epoch + 1) % args.knn_interval == 0 or last) else None
             knn = knn if knn_now is None else knn_now
-            means = meter.read()
+            means = relation_columns(meter.read())
             meter, start_batch = Meter(), 0
             if not primary:
                 continue
@@ -474,18 +479,8 @@ def main(argv=None):
 
     # ---- what the run leaves
     if primary:
-        export = os.path.join(folder, 'export')
-        trained = len(summary.rows)
-        export_backbone(
-            task.student.backbone,
-            export,
-            **data_config,
-            crop_pct=eval_crop_pct(img_size),
-            tag=f'cgh_{args.context}_{trained}ep',
-            model_kwargs=model_kwargs,
-        )
         levels = {} if knn_before is None else {'untrained': knn_before, 'raw pixels': pixels}
-        has_curves = save_curves(summary.rows, os.path.join(folder, 'curves.png'), os.path.basename(folder), levels)
+        files = leave_files(args, folder, task, summary.rows, data_config, model_kwargs, levels, tracker)
         if not finished:
             name = signal.Signals(stop.signum).name
             _logger.info(f'Stopped by {name}; state saved, --resume auto continues {folder}')
@@ -493,8 +488,8 @@ def main(argv=None):
             _logger.info(f'kNN top-1: {knn_before:.2f} % before, {knn:.2f} % after training; raw pixels {pixels:.2f} %')
         if unreadable:
             _logger.warning(f'{len(unreadable)} unreadable images were passed over')
-        curves = 'curves.png' if has_curves else 'no curves.png (pip install matplotlib)'
-        _logger.info(f'Files in {folder}: args.yaml, summary.csv, last.pth.tar, export/, {curves}')
+        _logger.info(f"Files in {folder}: {', '.join(files)}")
+        export = os.path.join(folder, 'export')
         _logger.info(f"Load the backbone: timm.create_model('local-dir:{export}', pretrained=True)")
     if args.distributed:
         dist.destroy_process_group()

@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from timm_cgh import create_task
+from timm_cgh.eval.relations import RelationTracker, Selection, relation_columns
+from timm_cgh.task import Meter
 
 
 def main(out, model, mode, steps):
@@ -26,7 +28,10 @@ def main(out, model, mode, steps):
         contrast_warmup=10,
         hyper_norm_layer=nn.BatchNorm2d if mode == 'norms' else nn.Identity,
         shuffle_bn=mode == 'shuffle',
+        bank_labels=True,
     )
+    tracker = RelationTracker(Selection(2.0), {'global': 0.04, 'hyper': 0.08})
+    meter = Meter()
     if world > 1:
         dist.init_process_group('gloo')
         task.prepare_distributed()
@@ -35,7 +40,10 @@ def main(out, model, mode, steps):
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         views = torch.randn(2, 8, 3, 32, 32, generator=generator).chunk(world, dim=1)[rank]
-        loss = task(list(views))['loss']
+        target = torch.randint(3, (8,), generator=generator).chunk(world)[rank]
+        result = task(list(views), target, observe=tracker if step % 2 else None)
+        meter.update(result)
+        loss = result['loss']
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,6 +57,8 @@ def main(out, model, mode, steps):
         'student': task.student.state_dict(),
         'teacher': dict(task.teacher.named_parameters()),
         'banks': {k: bank.embeddings for k, bank in task.banks.items()},
+        'labels': {k: bank.labels for k, bank in task.banks.items()},
+        'relations': relation_columns(meter.read()),
     }, f'{out}-{world}-{rank}.pt')
     if world > 1:
         dist.destroy_process_group()

@@ -20,7 +20,7 @@ def run(out, processes, *args):
 
 
 def check_ranks_agree(first, second, buffers=True):
-    for part in ('student', 'teacher', 'banks'):
+    for part in ('student', 'teacher', 'banks', 'labels'):
         for name, value in first[part].items():
             if torch.is_tensor(value) and (buffers or 'running' not in name):
                 assert torch.equal(value, second[part][name]), f'{part} {name}'
@@ -35,6 +35,11 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode):
     torch.testing.assert_close(torch.tensor(two[0]['losses']), torch.tensor(one['losses']), rtol=1e-4, atol=1e-4)
     for name, bank in one['banks'].items():
         torch.testing.assert_close(two[0]['banks'][name], bank, rtol=1e-3, atol=1e-3)
+        assert torch.equal(two[0]['labels'][name], one['labels'][name]) and (one['labels'][name] >= 0).all()
+    assert two[0]['relations'] == two[1]['relations'] and 'precision_hyper' in one['relations']
+    for name, value in one['relations'].items():
+        if name.startswith(('recall', 'precision')):  # a pair at the threshold may fall on either side
+            assert two[0]['relations'][name] == pytest.approx(value, abs=0.5), name
 
 
 def test_batch_norm_network_stays_equal_on_both_processes(tmp_path):

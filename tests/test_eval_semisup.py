@@ -2,7 +2,9 @@
 import csv
 import importlib
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,8 +37,12 @@ def semisup(encoder, output, *args, data=DIGITS):
     """Exit code and results of a run in this process."""
     script = importlib.import_module('eval_semisup')
     results = output.parent / f'{output.name}.json'
-    code = script.cli([str(a) for a in (
-        '--model', f'local-dir:{encoder}', *data, '--output', output, '--results-file', results, *args)])
+    handlers = list(logging.getLogger().handlers)
+    try:
+        code = script.cli([str(a) for a in (
+            '--model', f'local-dir:{encoder}', *data, '--output', output, '--results-file', results, *args)])
+    finally:
+        logging.getLogger().handlers = handlers  # each call adds one, to the standard error of its own test
     found = json.loads(results.read_text()) if results.exists() else None
     return code, found[0] if isinstance(found, list) else found
 
@@ -106,10 +112,13 @@ def test_unlabelled_images_are_never_chosen():
 
 
 @pytest.mark.parametrize('lines', [
-    ('cat_1.png', 'dog_3.png'), ('cat/cat_1.png', 'dog/dog_3.png'), ('# chosen', 'dog_3.png', '', 'cat/cat_1.png', 'dog_3.png')])
+    ('cat_1.png', 'dog_3.png'),
+    ('cat/cat_1.png', 'dog/dog_3.png'),
+    ('# chosen', 'dog_3.png', '', 'cat/cat_1.png', 'dog_3.png'),
+])
 def test_list_names_the_images(images, tmp_path, lines):
     chosen = listed_subset(images, listing(tmp_path, *lines))
-    assert [images.filename(int(i)) for i in chosen] == [os.path.join('cat', 'cat_1.png'), os.path.join('dog', 'dog_3.png')]
+    assert [images.filename(int(i), basename=True) for i in chosen] == ['cat_1.png', 'dog_3.png']
 
 
 @pytest.mark.parametrize('lines, named', [
@@ -144,7 +153,7 @@ def test_every_parameter_is_in_one_group(name):
 def tuned(encoder, tmp_path_factory):
     """A run, all the files it leaves."""
     output = tmp_path_factory.mktemp('semisup') / 'tuned'
-    code, results = semisup(encoder, output, '--percent', '50', '--lr', '0.3', '--epochs', '12', '--val-interval', '6')
+    code, results = semisup(encoder, output, '--percent', '50', '--lr', '0.3', '--epochs', '8', '--val-interval', '4')
     assert code == 0
     return output, results
 
@@ -155,8 +164,8 @@ def test_run_learns_from_the_labelled_share(tuned):
     assert results['top1'] > 30
     with open(output / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    assert [int(r['epoch']) for r in rows] == list(range(12))
-    assert [bool(r['eval_top1']) for r in rows] == [i in (5, 11) for i in range(12)]
+    assert [int(r['epoch']) for r in rows] == list(range(8))
+    assert [bool(r['eval_top1']) for r in rows] == [i in (3, 7) for i in range(8)]
     for name in ('confusion.png', 'classes.png'):
         assert (output / name).read_bytes().startswith(b'\x89PNG')
 
@@ -184,7 +193,7 @@ def test_backbone_learns_at_its_own_rate(encoder, tmp_path):
 
 
 def test_same_seed_gives_the_same_run_and_resume_too(encoder, tmp_path, monkeypatch):
-    args = ['--percent', '10', '--epochs', '3', '--lr', '0.01', '--val-interval', '1']
+    args = ['--percent', '10', '--epochs', '2', '--lr', '0.01', '--val-interval', '1']
     semisup(encoder, tmp_path / 'whole', *args)
     script = importlib.import_module('eval_semisup')
     save_state = script.save_state
@@ -217,7 +226,6 @@ def test_recipes_are_those_of_the_paper(percent, lr_head, lr):
 
 def test_list_file_by_command_line(encoder, images, tmp_path, capsys):
     (tmp_path / 'images' / 'train').rename(tmp_path / 'images' / 'validation')
-    import shutil
     shutil.copytree(tmp_path / 'images' / 'validation', tmp_path / 'images' / 'train')
     data = ['--data-dir', tmp_path / 'images', '--in-chans', '1', '--workers', '0', '--device', 'cpu', '--epochs', '1']
     names = listing(tmp_path, 'cat_1.png', 'dog/dog_2.png', 'dog/shared.png')
@@ -253,4 +261,5 @@ def test_two_processes_run(encoder, tmp_path):
     digits = Digits('validation', 'L')
     (images, labels), = create_eval_loader(digits, CONFIG, batch_size=len(digits))
     with torch.no_grad():
-        assert 100 * (model(images).argmax(dim=1) == labels).double().mean().item() == pytest.approx(results['top1'], abs=1e-3)
+        top1 = 100 * (model(images).argmax(dim=1) == labels).double().mean().item()
+    assert top1 == pytest.approx(results['top1'], abs=1e-3)

@@ -281,12 +281,12 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4, '--log-interval', 1,
             '--workers', 1, '--knn-interval', 0, '--resume', 'auto', '--output', tmp_path]
     process = subprocess.Popen(command(*args, '--experiment', 'run'), env=ENV, cwd=REPOSITORY, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     lines = []
     for line in process.stdout:
         lines.append(line)
         if 'epoch 1 [5/' in line:
-            process.send_signal(signum)
+            os.killpg(process.pid, signum)  # data workers included, as a terminal and a scheduler do it
             break
     lines.extend(process.stdout)
     text = ''.join(lines)

@@ -10,12 +10,12 @@ class InputError(ValueError):
 
 
 @contextmanager
-def blame(flag: str, value: Any) -> Iterator[None]:
+def blame(flag: str, value: Any = '') -> Iterator[None]:
     """What a library raises about a setting becomes an `InputError` that names the setting.
 
     Args:
         flag: command line option
-        value: what it was set to
+        value: what it was set to, of a switch nothing
     """
     try:
         yield
@@ -24,4 +24,4 @@ def blame(flag: str, value: Any) -> Iterator[None]:
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
             ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f'{flag} {value}: {reason}') from error
+        raise InputError(f'{flag} {value}'.rstrip() + f': {reason}') from error

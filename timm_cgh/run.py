@@ -6,21 +6,28 @@ import math
 import os
 import tempfile
 from datetime import datetime
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from timm.utils import NativeScaler
+from torch.utils.data import Dataset
 
+from timm_cgh.data import is_stream, labels_of
 from timm_cgh.errors import InputError, blame
-from timm_cgh.hub import load_weights
+from timm_cgh.eval import eval_crop_pct
+from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, save_relations
+from timm_cgh.hub import export_backbone, load_weights
 from timm_cgh.models import create_backbone
+from timm_cgh.report import save_curves
 from timm_cgh.task import CGHTask, create_task, find_resume, read_checkpoint
 
 __all__ = [
-    'build_task', 'choose_settings', 'open_run_folder', 'order_of', 'resolve_data_config', 'restore', 'warn_if_collapsed',
+    'build_task', 'choose_settings', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'resolve_data_config',
+    'restore', 'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
@@ -43,7 +50,7 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
         with blame('--initial-checkpoint', args.initial_checkpoint):
             load_weights(backbone, args.initial_checkpoint)
     if args.grad_checkpointing:
-        with blame('--grad-checkpointing', ''):
+        with blame('--grad-checkpointing'):
             getattr(backbone, 'model', backbone).set_grad_checkpointing(True)
     norms = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
     with blame('--out-indices' if args.out_indices else '--model', args.out_indices or name):
@@ -53,6 +60,7 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
             bank_size=args.bank_size,
             momentum=args.momentum_teacher,
             shuffle_bn=args.shuffle_bn,
+            bank_labels=args.track_relations is not None,
             out_indices=None if args.features_only else args.out_indices,
             hidden_dim=args.hidden_dim,
             embed_dim=args.embed_dim,
@@ -66,6 +74,19 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
             contrast_temp=args.contrast_temp,
         )
     return task, options
+
+
+def create_tracker(args: argparse.Namespace, task: CGHTask, dataset: Dataset) -> Optional[RelationTracker]:
+    """What `--track-relations` asks for; streams have no labels until they are read: their columns may stay blank."""
+    if args.track_relations is None:
+        return None
+    labels = None if is_stream(dataset) else labels_of(dataset)
+    if not is_stream(dataset) and (labels is None or len(np.unique(labels[labels >= 0])) < 2):
+        raise InputError('--track-relations: needs training images of two classes or more, these have no labels')
+    selection = Selection.parse(args.track_relations)
+    with blame('--track-relations', args.track_relations):
+        selection.check(args.bank_size)
+    return RelationTracker(selection, {'global': task.loss.temp_teacher, 'hyper': task.loss.temp_hyper_teacher})
 
 
 def resolve_data_config(args: argparse.Namespace, cfg: Dict[str, Any]) -> Dict[str, Any]:
@@ -186,3 +207,33 @@ def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
                 f'The {name} target is flat over the bank (entropy {entropy:.2f} of at most {math.log(bank_size):.2f}): '
                 f'it tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may '
                 f'help.')
+
+
+def leave_files(
+        args: argparse.Namespace,
+        folder: str,
+        task: CGHTask,
+        rows: List[Dict[str, Any]],
+        data_config: Dict[str, Any],
+        model_kwargs: Dict[str, Any],
+        knn_levels: Dict[str, float],
+        tracker: Optional[RelationTracker] = None,
+) -> List[str]:
+    """Write what a run leaves beside its checkpoints: the exported backbone and the pictures; gives the files' names."""
+    export_backbone(
+        task.student.backbone,
+        os.path.join(folder, 'export'),
+        **data_config,
+        crop_pct=eval_crop_pct(data_config['input_size'][-1]),
+        tag=f'cgh_{args.context}_{len(rows)}ep',
+        model_kwargs=model_kwargs,
+    )
+    files = ['args.yaml', 'summary.csv', 'last.pth.tar', 'export/']
+    name = os.path.basename(folder)
+    drawn = save_curves(rows, os.path.join(folder, 'curves.png'), name, knn_levels)
+    files.append('curves.png' if drawn else 'no curves.png (pip install matplotlib)')
+    if tracker is not None and drawn:
+        curves = [relation_curve(rows, context) for context in sorted(task.banks, reverse=True)]  # hyper first
+        save_relations(curves, os.path.join(folder, 'relations.png'), tracker.selection, [args.bank_size], name)
+        files.append('relations.png')
+    return files

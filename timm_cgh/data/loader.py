@@ -1,5 +1,4 @@
 """timm data set -> batches of uint8 views on the CPU -> normalised views on the training device."""
-import signal
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -12,8 +11,11 @@ from .decode import read_or_next
 from .sources import is_stream, num_images
 from .stream import ViewStream
 from .views import ViewSpec, cut_views
+from .workers import signals_held, start_worker
 
-__all__ = ['Batch', 'EpochBatchSampler', 'ViewDataset', 'ViewLoader', 'ViewsToDevice', 'create_view_loader']
+__all__ = [
+    'Batch', 'EpochBatchSampler', 'ViewDataset', 'ViewLoader', 'ViewsToDevice', 'create_view_loader',
+]
 
 
 class Batch(NamedTuple):
@@ -109,18 +111,6 @@ class EpochBatchSampler(Sampler):
             yield [(epoch, index) for index in order[start:start + self.batch_size]]
 
 
-def _forgive_once(signum: int, _: object) -> None:
-    signal.signal(signum, signal.SIG_DFL)
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group, while the main process still wants batches. A
-    # second SIGTERM is the main process's own, for a worker that did not end when asked.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _forgive_once)
-
-
 class ViewLoader:
     """Batches of one epoch after another: `set_epoch`, then iterate; `len()` is the steps of a whole epoch.
 
@@ -142,7 +132,8 @@ class ViewLoader:
         (dataset if is_stream(dataset) else self.loader.batch_sampler).set_epoch(epoch, start_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        iterator = iter(self.loader)
+        with signals_held():
+            iterator = iter(self.loader)
         try:
             yield from iterator
         except Exception as error:
@@ -197,7 +188,7 @@ def create_view_loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         multiprocessing_context=multiprocessing_context if workers else None,
     )
     if is_stream(dataset):

@@ -9,6 +9,8 @@ from timm.data import create_loader
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Normalize
 
+from timm_cgh.data.workers import iterate, start_worker
+
 __all__ = ['create_eval_loader', 'eval_crop_pct', 'extract_features', 'pixel_features']
 
 
@@ -53,6 +55,11 @@ class _EvalStream(IterableDataset):
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
         for image, target, *_ in self.dataset:
             yield _read(image, self.transform, self.mode), -1 if target is None else int(target)
+
+
+def _start_worker(info: Any) -> int:
+    start_worker(info.id)
+    return info.seed
 
 
 def create_eval_loader(
@@ -103,6 +110,7 @@ def create_eval_loader(
         device=device,
         use_prefetcher=prefetch,
         persistent_workers=False,  # minutes may lie between two evaluations
+        worker_seeding=_start_worker,
     )
 
 
@@ -150,7 +158,7 @@ def extract_features(
         model.eval()  # also makes LeViT and others drop what they cached of older weights
         # a data loader draws from the global generator: an evaluation must not change what training draws next
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for images, target in loader:
+            for images, target in iterate(loader):
                 images = images.to(device, non_blocking=True, memory_format=layout)
                 with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                     output = _pooled(model(images), model)
@@ -188,7 +196,7 @@ def pixel_features(loader: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> Tuple
     mean, std = _normalization(loader)
     features, labels = [], []
     with torch.random.fork_rng(devices=[]):
-        for images, target in loader:
+        for images, target in iterate(loader):
             images = (images.cpu().float() * std + mean).clamp_(0, 1)
             size = tuple(min(side, 32) for side in images.shape[-2:])
             if size != images.shape[-2:]:

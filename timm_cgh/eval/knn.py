@@ -1,31 +1,64 @@
 """Weighted k-nearest-neighbour classification of frozen features (evaluation protocol of Sec. 4)."""
-from typing import Dict, Sequence, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['best_knn', 'knn_accuracy', 'knn_predict']
+__all__ = ['best_knn', 'chunk_size', 'knn_accuracy', 'knn_predict', 'nearest_neighbors']
 
 
 def _rank_key(similarity: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """int64 keys, all different in a row, ordered like the float32 similarities; of equals the lower index is greater."""
+    """int64 keys, all different in a row, ordered like the float32 similarities; the lower index wins a tie."""
     bits = (similarity + 0.0).view(torch.int32)  # + 0.0: one zero instead of two
     bits = bits ^ ((bits >> 31) & 0x7fffffff)  # IEEE floats, read as integers, run backwards below zero
     return (bits.long() << 32) | (0x7fffffff - index)
 
 
-def _nearest(query: torch.Tensor, train: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Similarity and index (M, k) of the nearest rows of `train`, nearest first, lower index first among equals."""
-    similarity = query @ train.T  # (M, D) @ (D, N) -> (M, N)
-    values, index = similarity.topk(k, dim=1)
-    # topk takes any of the rows that are level at the k-th place: where more are level than fit, choose by index
-    tied = (similarity >= values[:, -1:]).sum(dim=1) > k
+def _similarities(train: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """(M, D) -> (M, N) inner products with the rows of `train`."""
+    if train.device.type == 'cpu' and torch.backends.mkldnn.is_available():
+        packed = train.to_mkldnn()  # oneDNN takes half the time of the library behind torch.mm on some processors
+        return lambda query: F.linear(query.to_mkldnn(), packed).to_dense()
+    return lambda query: query @ train.T
+
+
+def _topk(similarity: torch.Tensor, k: int, group: int = 16) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`topk` of long rows: the k greatest are in the k groups of greatest maxima, so only those are looked through."""
+    count = similarity.shape[1]
+    size = count // group
+    if size < 4 * k:
+        return similarity.topk(k, dim=1)
+    whole = size * group
+    maxima = similarity[:, :whole].unflatten(1, (group, size)).amax(dim=1)  # (M, size), members `size` apart
+    first = maxima.topk(k, dim=1, sorted=False).indices
+    members = first[:, None, :] + torch.arange(0, whole, size, device=first.device)[:, None]  # (M, group, k)
+    rest = torch.arange(whole, count, device=first.device).expand(len(first), -1)
+    members = torch.cat((members.flatten(1), rest), dim=1)
+    values, place = similarity.gather(1, members).topk(k, dim=1)
+    return values, members.gather(1, place)
+
+
+def _nearest(similarity: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The k greatest of each row and their places (M, k), greatest first, lower place first among equals.
+
+    Args:
+        similarity: (M, N)
+        k: at most N
+    """
+    # one more than asked for tells whether values are level at the k-th place, of which topk would take any
+    values, index = _topk(similarity, min(k + 1, similarity.shape[1]))
+    level = values[:, 1:] == values[:, :-1]
+    rows = level.any(dim=1).nonzero().squeeze(1)  # where the lower place has to be looked for
+    tied = level[:, k - 1:].any(dim=1)
+    values, index = values[:, :k].contiguous(), index[:, :k].contiguous()
     if tied.any():
-        every = torch.arange(len(train), device=train.device)
+        every = torch.arange(similarity.shape[1], device=similarity.device)
         index[tied] = _rank_key(similarity[tied], every).topk(k, dim=1).indices
-    order = _rank_key(similarity.gather(1, index), index).argsort(dim=1, descending=True)
-    index = index.gather(1, order)
-    return similarity.gather(1, index), index
+    if len(rows):
+        found = index[rows]
+        order = _rank_key(similarity[rows].gather(1, found), found).argsort(dim=1, descending=True)
+        index[rows] = found.gather(1, order)
+    return values, index
 
 
 def _unit_rows(features: torch.Tensor, name: str) -> torch.Tensor:
@@ -35,10 +68,31 @@ def _unit_rows(features: torch.Tensor, name: str) -> torch.Tensor:
     return F.normalize(features, dim=1)
 
 
+def chunk_size(count: int) -> int:
+    """Test images at a time against `count` training images: 26 MB of similarities, but 64 to 1024 images.
+
+    What is below 32 MiB the C library takes from memory at hand, and it is about what a processor's cache holds.
+    """
+    return max(64, min(1024, 6_400_000 // count))
+
+
 def _fitting(ks: Sequence[int], count: int) -> Tuple[int, ...]:
     if not ks or min(ks) < 1:
         raise ValueError(f'k must be at least 1, got {tuple(ks)}')
     return tuple(sorted({k for k in ks if k <= count})) or (count,)
+
+
+@torch.no_grad()
+def nearest_neighbors(train_features: torch.Tensor, test_features: torch.Tensor, k: int) -> torch.Tensor:
+    """Places (M, k) of the training images most similar to each of a few test images, nearest first.
+
+    Args:
+        train_features: (N, D), normalised here
+        test_features: (M, D)
+        k: at most N
+    """
+    train = _unit_rows(train_features, 'training features')
+    return _nearest(_unit_rows(test_features, 'test features').to(train.device) @ train.T, k)[1].cpu()
 
 
 @torch.no_grad()
@@ -48,7 +102,7 @@ def knn_predict(
         test_features: torch.Tensor,
         ks: Sequence[int] = (10, 20, 100, 200),
         temperature: float = 0.07,
-        chunk: int = 256,
+        chunk: Optional[int] = None,
 ) -> Dict[int, torch.Tensor]:
     """Vote of the k nearest training images by cosine similarity, weighted by exp(similarity / temperature).
 
@@ -60,7 +114,7 @@ def knn_predict(
         test_features: (M, D) features
         ks: numbers of neighbours; those above N are left out, and N itself is taken where none is left
         temperature: of the vote
-        chunk: test images at a time, which bounds memory to about chunk * N similarities
+        chunk: test images at a time, which bounds memory to about chunk * N similarities; default `chunk_size(N)`
 
     Returns:
         k -> (M,) predicted labels, on the CPU
@@ -81,8 +135,10 @@ def knn_predict(
     classes, class_index = train_labels.cpu().unique(return_inverse=True)
 
     predictions = {k: [] for k in ks}
+    chunk = chunk or chunk_size(len(train))
+    similarities = _similarities(train)
     for query in test.split(chunk):
-        similarity, index = _nearest(query, train, ks[-1])
+        similarity, index = _nearest(similarities(query), ks[-1])
         # votes are counted on the CPU in float64: a GPU adds them in any order, and a tie would fall either way
         similarity, voter = similarity.cpu().double(), class_index[index.cpu()]
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
@@ -102,7 +158,7 @@ def knn_accuracy(
         test_labels: torch.Tensor,
         ks: Sequence[int] = (10, 20, 100, 200),
         temperature: float = 0.07,
-        chunk: int = 256,
+        chunk: Optional[int] = None,
 ) -> Dict[int, float]:
     """Top-1 accuracy of `knn_predict`. Images without a label (below 0) are left out, on both sides.
 

@@ -1,4 +1,6 @@
 """FIFO memory bank of the teacher's embeddings (Sec. 3.2)."""
+from typing import Any, Dict, Optional
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,15 +15,19 @@ class MemoryBank(nn.Module):
     batch size goes with any bank size. The write position is a Python int (a device tensor would cost a
     synchronisation a step) that travels in the state dict.
 
+    With `labels` the bank also remembers what class each row is of: the (size,) int64 buffer `labels`, -1 for rows not
+    yet filled or of unknown class. A state without labels loads as unknown ones, labels not asked for are passed over.
+
     Args:
         size: number M of embeddings kept
         dim: width D of an embedding
+        labels: remember labels (Sec. 4.6)
 
     Raises:
         ValueError: size or dim below 1
     """
 
-    def __init__(self, size: int, dim: int):
+    def __init__(self, size: int, dim: int, labels: bool = False):
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f'MemoryBank needs a size and a width of at least 1, got ({size}, {dim})')
@@ -29,26 +35,42 @@ class MemoryBank(nn.Module):
         self.dim = dim
         self.position = 0
         self.register_buffer('embeddings', F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer('labels', torch.full((size,), -1) if labels else None)
 
     @torch.no_grad()
-    def enqueue(self, embeddings: torch.Tensor) -> None:
+    def enqueue(self, embeddings: torch.Tensor, labels: Optional[torch.Tensor] = None) -> None:
         """Write a batch over the oldest rows, as if row by row.
 
         Args:
             embeddings: (B, dim) unit rows, oldest first; of more than `size` rows only the last `size` stay
+            labels: (B,) integers, -1 unknown as are all where none are given; for a bank that remembers them
 
         Raises:
-            ValueError: rows of another width
+            ValueError: rows of another width, another number of labels
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
             raise ValueError(f'MemoryBank holds rows of width {self.dim}, got {tuple(embeddings.shape)}')
         count = len(embeddings)
+        if labels is not None and labels.shape != (count,):
+            raise ValueError(f'{count} embeddings, but labels {tuple(labels.shape)}')
         kept = embeddings[-self.size:].to(self.embeddings.dtype)
         start = (self.position + count - len(kept)) % self.size
         head = min(len(kept), self.size - start)
         self.embeddings[start:start + head] = kept[:head]
         self.embeddings[:len(kept) - head] = kept[head:]
+        if self.labels is not None:
+            known = self.labels.new_full((len(kept),), -1) if labels is None else labels[-self.size:].to(self.labels)
+            self.labels[start:start + head] = known[:head]
+            self.labels[:len(kept) - head] = known[head:]
         self.position = (self.position + count) % self.size
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        key = f'{prefix}labels'
+        if self.labels is None:
+            state_dict.pop(key, None)
+        else:
+            state_dict.setdefault(key, torch.full_like(self.labels, -1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(self.position)

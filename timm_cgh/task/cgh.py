@@ -1,6 +1,6 @@
 """One training step of CGH as a timm training task (Fig. 1, Sec. 3)."""
 import copy
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ class CGHTask(TrainingTask):
         contrast_warmup: optimiser updates over which InfoNCE gives way to the relation loss, 0 for none
         shuffle_bn: in several processes, shuffle the teacher's batch across them (as MoCo does), so that its batch
             statistics tell nothing about which images went together
+        bank_labels: the banks remember the labels that `forward` is given, for its `observe`; the loss never sees them
         device, dtype, verbose: see `timm.task.TrainingTask`
 
     Raises:
@@ -60,6 +61,7 @@ class CGHTask(TrainingTask):
             momentum: float = 0.999,
             contrast_warmup: int = 0,
             shuffle_bn: bool = False,
+            bank_labels: bool = False,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -78,7 +80,8 @@ class CGHTask(TrainingTask):
             self.teacher.hyper_predictor = nn.Identity()
         self.loss = loss
         names = ('global', 'hyper') if loss.uses_hypercolumn else ('global',)
-        self.banks = nn.ModuleDict({name: MemoryBank(bank_size, student.embed_dim) for name in names})
+        self.banks = nn.ModuleDict({name: MemoryBank(bank_size, student.embed_dim, bank_labels) for name in names})
+        self.bank_labels = bank_labels
         self.momentum = momentum
         self.contrast_warmup = contrast_warmup
         self.shuffle_bn = shuffle_bn
@@ -116,7 +119,7 @@ class CGHTask(TrainingTask):
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'CGHTask':
         """Wrap the student in DDP; teacher and banks become rank 0's everywhere."""
         with torch.no_grad():
-            for tensor in [*self.teacher.state_dict().values(), *(bank.embeddings for bank in self.banks.values())]:
+            for tensor in [*self.teacher.state_dict().values(), *self.banks.buffers()]:
                 dist.broadcast(tensor, src=0)
         self._ddp = (nn.parallel.DistributedDataParallel(self.student, device_ids=device_ids, **ddp_kwargs),)
         return self
@@ -170,28 +173,43 @@ class CGHTask(TrainingTask):
         everyone = Contexts(*(e if e is None else _gather(e)[back] for e in contexts))
         return Contexts(*(e if e is None else e[mine] for e in everyone)), everyone
 
-    def forward(self, views: Sequence[torch.Tensor], target: Optional[torch.Tensor] = None) -> Dict[str, torch.Tensor]:
+    def forward(
+            self,
+            views: Sequence[torch.Tensor],
+            target: Optional[torch.Tensor] = None,
+            observe: Optional[Callable[..., Dict[str, torch.Tensor]]] = None,
+    ) -> Dict[str, torch.Tensor]:
         """One step up to the loss; the teacher's embeddings then enter the banks.
 
         Args:
             views: the weak view and one contrastive view, (B, C, H, W) normalised images each
-            target: labels, not used: timm's loops pass them
+            target: (B,) labels, -1 unknown: for the banks where they remember labels, else not used
+            observe: given the teacher's contexts of this process, target and banks before the embeddings enter them;
+                the scalars that it returns join the result
 
         Returns:
             the scalars of `CrossContextLoss` and `std_global`, `std_hyper`: standard deviation of the student's unit
             embeddings in the batch, sqrt(1 - |mean|^2), 1 for embeddings in all directions, 0 for one point
 
         Raises:
-            ValueError: not exactly two views
+            ValueError: not exactly two views; banks that remember labels, but no target
         """
         if len(views) != 2:
             raise ValueError(f'expected a weak and a contrastive view, got {len(views)} views')
         weak, contrastive = views
+        labels = None
+        if self.bank_labels:
+            if target is None:
+                raise ValueError('the banks remember labels, but there is no target')
+            target = target.to(weak.device, non_blocking=True)
+            labels = _gather(target)  # by rank, as _teach gives everyone's embeddings whether shuffled or not
         teacher, everyone = self._teach(weak)
         student = self.trainable_module(contrastive)
         result = self.loss(student, teacher, self.banks, self.warmup_progress)
+        if observe is not None:
+            result.update(observe(teacher, target, self.banks))
         for name, embeddings in zip(self.banks, everyone):
-            self.banks[name].enqueue(embeddings)
+            self.banks[name].enqueue(embeddings, labels)
         with torch.no_grad():
             for name, embeddings in zip(self.banks, student):
                 result[f'std_{name}'] = (1 - embeddings.mean(dim=0).square().sum()).clamp(min=0).sqrt()

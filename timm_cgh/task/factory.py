@@ -19,6 +19,7 @@ def create_task(
         momentum: float = 0.999,
         contrast_warmup: int = 0,
         shuffle_bn: bool = False,
+        bank_labels: bool = False,
         out_indices: Optional[Sequence[int]] = None,
         hidden_dim: int = 4096,
         embed_dim: int = 512,
@@ -67,5 +68,6 @@ def create_task(
         momentum=momentum,
         contrast_warmup=contrast_warmup,
         shuffle_bn=shuffle_bn,
+        bank_labels=bank_labels,
         device=device,
     )

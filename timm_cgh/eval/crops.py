@@ -1,0 +1,163 @@
+"""Labelled images -> augmented batches, for what is trained with labels (linear heads, fine-tuning)."""
+import contextlib
+import logging
+import random
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from timm_cgh.data import EpochBatchSampler, image_mode
+from timm_cgh.data.decode import read_or_next
+from timm_cgh.errors import InputError
+
+__all__ = ['BlockSampler', 'CropLoader']
+
+_logger = logging.getLogger('eval')
+
+
+class BlockSampler(EpochBatchSampler):
+    """The sampler of pre-training, with the incomplete last batch kept: 1 % of a small data set may be all of one.
+
+    Args:
+        num_samples, batch_size, seed, rank, world_size: see `EpochBatchSampler`
+        least: images that every process needs in a batch (2 where batch statistics are taken); a last batch with fewer
+            is left out
+    """
+
+    def __init__(
+            self,
+            num_samples: int,
+            batch_size: int,
+            seed: int,
+            rank: int = 0,
+            world_size: int = 1,
+            least: int = 1,
+    ):
+        super().__init__(num_samples, batch_size, seed, rank, world_size)
+        if num_samples < least * world_size:
+            raise InputError(f'--train-split: {num_samples} images are too few for {world_size} processes')
+        whole, rest = divmod(num_samples, batch_size * world_size)
+        self.steps = whole + (rest >= least * world_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def block_size(self, batch: int) -> int:
+        """Images that all processes together have in a batch."""
+        of_all = self.batch_size * self.world_size
+        return min(of_all, self.num_samples - batch * of_all)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """This process's part of each batch of the epoch, (B,) indices."""
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
+        order = torch.randperm(self.num_samples, generator=generator)
+        for block in order.split(self.batch_size * self.world_size)[self.start_batch:self.steps]:
+            yield block[self.rank::self.world_size]
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        for block in self.blocks():
+            yield [(self.epoch, index) for index in block.tolist()]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Both generators that transforms draw from, as if nothing else had drawn; as before afterwards."""
+    generator = torch.default_generator  # torch.manual_seed would see to every device: 100 us for each image
+    states = random.getstate(), generator.get_state()
+    random.seed(seed)
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        generator.set_state(states[1])
+
+
+class _Crops(Dataset):
+    """(uint8 crop, label) asked for by (epoch, index): the crop is a function of seed, epoch and index alone."""
+
+    def __init__(self, dataset: Dataset, transform: Any, seed: int, mode: str):
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Tuple[int, int]) -> Tuple[torch.Tensor, int]:
+        image, label, unreadable = read_or_next(self.dataset, key[1], self.mode)
+        for name in unreadable:
+            _logger.warning(f'Unreadable image passed over: {name}')
+        with _seeded(hash((self.seed, *key))):
+            return self.transform(image), label
+
+
+class CropLoader:
+    """timm's training transform (random resized crop, flip) over a labelled map-style data set.
+
+    The same batches for any number of workers, and after a resume; N processes see what one
+    with the N-fold batch would.
+
+    Args:
+        dataset: gives (PIL image, label) items
+        data_config: timm's `input_size`, `mean`, `std`, `interpolation`
+        batch_size: per process
+        device: where batches are wanted
+        seed: of order and crops
+        workers: worker processes
+        rank, world_size: this process, of how many
+        scale, ratio, hflip: of the crop (the authors' code: 0.08 to 1, 3/4 to 4/3, 0.5)
+        least: see `BlockSampler`
+    """
+
+    def __init__(
+            self,
+            dataset: Dataset,
+            data_config: Dict[str, Any],
+            batch_size: int,
+            device: Union[str, torch.device] = 'cpu',
+            seed: int = 42,
+            workers: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+            scale: Sequence[float] = (0.08, 1.0),
+            ratio: Sequence[float] = (3 / 4, 4 / 3),
+            hflip: float = 0.5,
+            least: int = 1,
+    ):
+        self.device = torch.device(device)
+        chans, *size = data_config['input_size']
+        transform = create_transform(
+            (chans, *size),
+            is_training=True,
+            scale=tuple(scale),
+            ratio=tuple(ratio),
+            hflip=hflip,
+            color_jitter=None,
+            interpolation=data_config.get('interpolation') or 'bilinear',
+            normalize=False,  # uint8: a quarter of what float would move between processes
+        )
+        self.sampler = BlockSampler(len(dataset), batch_size, seed, rank, world_size, least)
+        self.loader = DataLoader(
+            _Crops(dataset, transform, seed, image_mode(chans)),
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=default_collate,
+            pin_memory=self.device.type == 'cuda',
+            persistent_workers=workers > 0,
+        )
+        mean, std = (torch.tensor(data_config[k], device=self.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+        self.mean, self.std = mean * 255, std * 255
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def epoch(self, epoch: int) -> Iterator[Tuple[torch.Tensor, torch.Tensor, int]]:
+        """Batches of an epoch: normalised (B, C, H, W) images, (B,) labels, images of the batch over all processes."""
+        self.sampler.set_epoch(epoch)
+        for batch, (images, labels) in enumerate(self.loader):
+            images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+            yield images, labels.to(self.device, non_blocking=True), self.sampler.block_size(batch)

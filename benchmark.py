@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""What a CGH step costs beside the bare backbone.
+"""What a CGH step costs beside the bare backbone, and kNN beside faiss.
 
     python benchmark.py step --model resnet18 --img-size 64 --batch-size 64 --bank-size 16384
+    python benchmark.py knn                                             # needs faiss-cpu
 
-`floor` is student forward + backward + SGD and teacher forward, nothing else, with torch's own defaults. Both are timed in
-turn in one process; the figure to quote is the median of the ratios.
+`floor` is student forward + backward + SGD and teacher forward, nothing else, with torch's own defaults. What is compared
+is timed in turn in one process; the figure to quote is the median of the ratios.
 """
 import copy
 import json
+import os
 import platform
 import resource
 import statistics
@@ -15,12 +17,16 @@ import sys
 import time
 from contextlib import nullcontext
 
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as train.py and the eval scripts do, and for both sides
+
 import timm
 import torch
+import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from timm_cgh import create_task
 from timm_cgh.arguments import Parser, at_least_one
+from timm_cgh.eval import knn_predict
 from timm_cgh.models import create_backbone
 
 
@@ -79,9 +85,52 @@ def cgh_step(args, device, images):
     return step
 
 
+def benchmark_knn(queries=10000, images=50000, width=512, classes=1000, ks=(10, 20, 100, 200), temperature=0.07, turns=5):
+    """Seconds of `knn_predict` and of faiss-cpu's exact search followed by the same vote, in turn, from raw features.
+
+    Returns:
+        dict of the medians, the median of the ratios, and how many of the predictions differ (ties in float32)
+    """
+    import faiss
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, width, generator=generator)
+    labels, truth = (torch.randint(classes, (n,), generator=generator) for n in (images, queries))
+    train, test = (centres[y] + 4 * torch.randn(len(y), width, generator=generator) for y in (labels, truth))
+
+    def with_faiss():
+        index = faiss.IndexFlatIP(width)
+        index.add(F.normalize(train).numpy())
+        similarity, found = index.search(F.normalize(test).numpy(), max(ks))
+        similarity, voter = torch.from_numpy(similarity).double(), labels[torch.from_numpy(found)]
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes, done, predictions = weight.new_zeros(queries, classes), 0, {}
+        for k in ks:
+            votes.scatter_add_(1, voter[:, done:k], weight[:, done:k])
+            predictions[k], done = votes.argmax(dim=1), k
+        return predictions
+
+    ways = {'ours': lambda: knn_predict(train, labels, test, ks, temperature), 'faiss': with_faiss}
+    seconds, predictions = {name: [] for name in ways}, {}
+    for _ in range(turns):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            predictions[name] = way()
+            seconds[name].append(time.perf_counter() - began)
+    return dict(
+        knn_s=statistics.median(seconds['ours']),
+        faiss_s=statistics.median(seconds['faiss']),
+        ratio=statistics.median(o / f for o, f in zip(seconds['ours'], seconds['faiss'])),
+        differing={k: int((predictions['ours'][k] != predictions['faiss'][k]).sum()) for k in ks},
+        seconds=seconds,
+        threads=torch.get_num_threads(),
+        faiss=faiss.__version__,
+    )
+
+
 def parse():
     parser = Parser(description=__doc__)
-    parser.add_argument('what', choices=('step',))
+    parser.add_argument('what', choices=('step', 'knn'))
     parser.add_argument('--model', default='resnet18')
     parser.add_argument('--img-size', type=at_least_one, default=64)
     parser.add_argument('--batch-size', type=at_least_one, default=64)
@@ -97,8 +146,8 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    args = parse()
+def benchmark_step(args):
+    """Milliseconds of a CGH step and of its floor, peak memory, and the machine."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
@@ -111,23 +160,36 @@ def main():
     for _ in range(args.turns):
         for name, step in steps.items():
             seconds[name].append(timed(step, device, args.repeats))
-    ratio = statistics.median(c / f for c, f in zip(seconds['cgh'], seconds['floor']))
-    peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = dict(
-        vars(args),
+    on_gpu = device.type == 'cuda'
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(
         floor_ms=1000 * statistics.median(seconds['floor']),
         cgh_ms=1000 * statistics.median(seconds['cgh']),
-        ratio=ratio,
+        ratio=statistics.median(c / f for c, f in zip(seconds['cgh'], seconds['floor'])),
         images_per_s=args.batch_size / statistics.median(seconds['cgh']),
-        peak_memory_mib=peak / 2 ** 20,
-        processor=torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or platform.machine(),
+        peak_memory_mib=peak / 2 ** 20,  # of the process on a CPU, libraries included
+        seconds=seconds,
+    )
+
+
+def main():
+    args = parse()
+    result = benchmark_step(args) if args.what == 'step' else benchmark_knn(turns=args.turns)
+    on_gpu = args.what == 'step' and torch.device(args.device).type == 'cuda'
+    result.update(
+        options=vars(args),
+        processor=torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         timm=timm.__version__,
     )
-    print(f"{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: step {result['cgh_ms']:.1f} ms, "
-          f"floor {result['floor_ms']:.1f} ms, ratio {ratio:.2f}, {result['images_per_s']:.1f} images/s, "
-          f"peak {result['peak_memory_mib']:.0f} MiB")
+    if args.what == 'step':
+        print(
+            f"{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: step {result['cgh_ms']:.1f} ms, "
+            f"floor {result['floor_ms']:.1f} ms, ratio {result['ratio']:.2f}, {result['images_per_s']:.1f} images/s, "
+            f"peak {result['peak_memory_mib']:.0f} MiB")
+    else:
+        print(f"kNN {result['knn_s']:.2f} s, faiss {result['faiss_s']:.2f} s, ratio {result['ratio']:.2f}")
     if args.json:
         with open(args.json, 'w', encoding='utf-8') as file:
             json.dump(result, file, indent=2)

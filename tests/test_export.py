@@ -38,6 +38,7 @@ def test_local_dir_gives_the_same_features(tmp_path, name, kwargs, chans):
     with torch.no_grad():
         torch.testing.assert_close(model(x), again(x), rtol=1e-5, atol=1e-5)  # layouts differ
     assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # readable by whom the umask allows
     assert [p.name for p in tmp_path.iterdir()] == ['export']  # nothing left beside it
 
 

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
@@ -26,8 +27,8 @@ def plain_backbone(backbone: nn.Module, **model_kwargs: Any) -> nn.Module:
     """The plain timm model that a backbone's weights belong to.
 
     A plain model is returned as it is. The weights of a `features_only` wrapper are put under their plain names in a
-    new model of the same architecture; `untrained_keys` of the result lists the parameters that the wrapper lacks (layers
-    behind the last map), which are at their initial values.
+    new model of the same architecture; `untrained_keys` of the result lists the parameters that the wrapper lacks
+    (layers behind the last map), which are at their initial values.
 
     Args:
         backbone: timm model or `features_only` wrapper
@@ -106,6 +107,7 @@ def export_backbone(
         cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _FOREIGN_KEYS}
         config['pretrained_cfg'] = {'tag': tag, **cfg, **(extra or {})}
         config_path.write_text(json.dumps(config, indent=2) + '\n')
+        shutil.copymode(config_path, Path(scratch) / 'model.safetensors')  # safetensors' own is its owner's alone
         for name in ('model.safetensors', 'config.json'):
             os.replace(Path(scratch) / name, folder / name)
     return folder

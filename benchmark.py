@@ -4,8 +4,8 @@
     python benchmark.py step --model resnet18 --img-size 64 --batch-size 64 --bank-size 16384
     python benchmark.py knn                                             # needs faiss-cpu
 
-`floor` is student forward + backward + SGD and teacher forward, nothing else, with torch's own defaults. What is compared
-is timed in turn in one process; the figure to quote is the median of the ratios.
+`floor` is student forward + backward + SGD and teacher forward, nothing else, with torch's own defaults. What is
+compared is timed in turn in one process; the figure to quote is the median of the ratios.
 """
 import copy
 import json
@@ -85,7 +85,7 @@ def cgh_step(args, device, images):
     return step
 
 
-def benchmark_knn(queries=10000, images=50000, width=512, classes=1000, ks=(10, 20, 100, 200), temperature=0.07, turns=5):
+def benchmark_knn(turns=5, queries=10000, images=50000, width=512, classes=1000, ks=(10, 20, 100, 200), temp=0.07):
     """Seconds of `knn_predict` and of faiss-cpu's exact search followed by the same vote, in turn, from raw features.
 
     Returns:
@@ -103,14 +103,14 @@ def benchmark_knn(queries=10000, images=50000, width=512, classes=1000, ks=(10, 
         index.add(F.normalize(train).numpy())
         similarity, found = index.search(F.normalize(test).numpy(), max(ks))
         similarity, voter = torch.from_numpy(similarity).double(), labels[torch.from_numpy(found)]
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        weight = ((similarity - similarity[:, :1]) / temp).exp()
         votes, done, predictions = weight.new_zeros(queries, classes), 0, {}
         for k in ks:
             votes.scatter_add_(1, voter[:, done:k], weight[:, done:k])
             predictions[k], done = votes.argmax(dim=1), k
         return predictions
 
-    ways = {'ours': lambda: knn_predict(train, labels, test, ks, temperature), 'faiss': with_faiss}
+    ways = {'ours': lambda: knn_predict(train, labels, test, ks, temp), 'faiss': with_faiss}
     seconds, predictions = {name: [] for name in ways}, {}
     for _ in range(turns):
         for name, way in ways.items():
@@ -174,7 +174,7 @@ def benchmark_step(args):
 
 def main():
     args = parse()
-    result = benchmark_step(args) if args.what == 'step' else benchmark_knn(turns=args.turns)
+    result = benchmark_step(args) if args.what == 'step' else benchmark_knn(args.turns)
     on_gpu = args.what == 'step' and torch.device(args.device).type == 'cuda'
     result.update(
         options=vars(args),
@@ -185,9 +185,9 @@ def main():
     )
     if args.what == 'step':
         print(
-            f"{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: step {result['cgh_ms']:.1f} ms, "
-            f"floor {result['floor_ms']:.1f} ms, ratio {result['ratio']:.2f}, {result['images_per_s']:.1f} images/s, "
-            f"peak {result['peak_memory_mib']:.0f} MiB")
+            f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: '
+            f"step {result['cgh_ms']:.1f} ms, floor {result['floor_ms']:.1f} ms, ratio {result['ratio']:.2f}, "
+            f"{result['images_per_s']:.1f} images/s, peak {result['peak_memory_mib']:.0f} MiB")
     else:
         print(f"kNN {result['knn_s']:.2f} s, faiss {result['faiss_s']:.2f} s, ratio {result['ratio']:.2f}")
     if args.json:

@@ -164,11 +164,7 @@ def finish(args):
 
 
 def cli(argv=None):
-    """`main` with its exit code; what the user can put right ends in one line and code 2."""
-    try:
-        return main(argv)
-    except InputError as error:  # from a data worker it comes with the worker's traceback before it
-        parser.error(str(error).strip().splitlines()[-1].removeprefix(f'{InputError.__module__}.InputError: '))
+    return parser.run(main, argv)
 
 
 if __name__ == '__main__':

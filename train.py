@@ -30,7 +30,7 @@ from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_nega
 from timm_cgh.data import (
     Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_eval_datasets,
     two_views)
-from timm_cgh.errors import InputError, blame
+from timm_cgh.errors import blame
 from timm_cgh.eval.monitor import KnnMonitor
 from timm_cgh.eval.relations import RelationTracker, relation_columns, selection_text
 from timm_cgh.files import atomic_write
@@ -497,11 +497,7 @@ def main(argv=None):
 
 
 def cli(argv=None):
-    """`main` with its exit code; what the user can put right ends in one line and code 2."""
-    try:
-        return main(argv)
-    except InputError as error:  # from a data worker it comes with the worker's traceback before it
-        parser.error(str(error).strip().splitlines()[-1].removeprefix(f'{InputError.__module__}.InputError: '))
+    return parser.run(main, argv)
 
 
 if __name__ == '__main__':

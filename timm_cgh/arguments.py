@@ -6,6 +6,8 @@ from typing import Any, Callable, NoReturn, Optional, Sequence
 
 import yaml
 
+from timm_cgh.errors import InputError
+
 __all__ = ['Parser', 'at_least_one', 'fraction', 'natural', 'non_negative', 'positive']
 
 
@@ -38,6 +40,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f'{self.prog}: error: {message}', file=sys.stderr)
         sys.exit(2)
+
+    def run(self, main: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequence[str]] = None) -> int:
+        """The exit code of a script's `main`; an `InputError` ends it with one line and code 2."""
+        try:
+            return main(argv)
+        except InputError as error:  # from a data worker it comes with the worker's traceback before it
+            self.error(str(error).strip().splitlines()[-1].removeprefix(f'{InputError.__module__}.InputError: '))
 
     def parse(
             self,
@@ -80,7 +89,8 @@ class Parser(argparse.ArgumentParser):
         where = f'--config {path}: {action.dest}'
         if isinstance(action.default, bool) and not isinstance(value, bool):
             self.error(f'{where}: must be true or false, got {value!r}')
-        if isinstance(action.nargs, int) and action.nargs and (not isinstance(value, list) or len(value) != action.nargs):
+        fixed = action.nargs if isinstance(action.nargs, int) else 0
+        if fixed and (not isinstance(value, list) or len(value) != fixed):
             self.error(f'{where}: must be a list of {action.nargs}, got {value!r}')
         if isinstance(value, list) and not action.nargs:
             self.error(f'{where}: must be one value, got {value!r}')

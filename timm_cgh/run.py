@@ -26,8 +26,8 @@ from timm_cgh.report import save_curves
 from timm_cgh.task import CGHTask, create_task, find_resume, read_checkpoint
 
 __all__ = [
-    'build_task', 'choose_settings', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'resolve_data_config',
-    'restore', 'warn_if_collapsed',
+    'build_task', 'choose_settings', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of',
+    'resolve_data_config', 'restore', 'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
@@ -184,8 +184,8 @@ def restore(
     except (KeyError, RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())[:160]
         raise InputError(
-            f"--resume {path}: a checkpoint of '{state.get('arch')}' that does not fit --model {args.model} and the options "
-            f'of the method ({reason})') from error
+            f"--resume {path}: a checkpoint of '{state.get('arch')}' that does not fit --model {args.model} and the "
+            f'options of the method ({reason})') from error
     return state
 
 
@@ -204,8 +204,8 @@ def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
                 f'has collapsed. A lower learning rate, a longer --warmup-epochs or --contrast-warmup-epochs may help.')
         if entropy is not None and math.log(bank_size) - entropy < 0.02:
             _logger.warning(
-                f'The {name} target is flat over the bank (entropy {entropy:.2f} of at most {math.log(bank_size):.2f}): '
-                f'it tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may '
+                f'The {name} target is flat over the bank (entropy {entropy:.2f}, at most {math.log(bank_size):.2f}): it '
+                f'tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may '
                 f'help.')
 
 
@@ -219,7 +219,7 @@ def leave_files(
         knn_levels: Dict[str, float],
         tracker: Optional[RelationTracker] = None,
 ) -> List[str]:
-    """Write what a run leaves beside its checkpoints: the exported backbone and the pictures; gives the files' names."""
+    """Write what a run leaves beside its checkpoints, exported backbone and pictures; gives the names of its files."""
     export_backbone(
         task.student.backbone,
         os.path.join(folder, 'export'),

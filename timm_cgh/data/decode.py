@@ -32,8 +32,8 @@ _UNREADABLE = (
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Decode an image and convert it to `L` or `RGB`; transparency is dropped, as timm does.
 
-    Pillow clips grey levels of more than 8 bits where it should scale them: integers are taken as 16 bits wide, floating
-    point as [0, 1] where nothing exceeds 1.
+    Pillow clips grey levels of more than 8 bits where it should scale them: integers are taken as 16 bits wide,
+    floating point as [0, 1] where nothing exceeds 1.
     """
     image.load()
     if image.mode.startswith('I') or image.mode == 'F':

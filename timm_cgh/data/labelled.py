@@ -37,7 +37,8 @@ def labels_of(dataset: Dataset) -> Optional[np.ndarray]:
     if not hasattr(reader, 'iter_targets'):
         return None
     if not reader.remap_class and not reader.target_keys and reader.label_key in reader.dataset.column_names:
-        column = reader.dataset.select_columns([reader.label_key]).with_format('arrow')[:]  # 100 times faster than by rows
+        # 100 times faster than by rows
+        column = reader.dataset.select_columns([reader.label_key]).with_format('arrow')[:]
         return np.array([to_label(label) for label in column.column(0).to_pylist()], dtype=np.int64)
     return np.array([to_label(label) for label in reader.iter_targets()], dtype=np.int64)
 
@@ -125,7 +126,7 @@ def open_eval_datasets(
         train: the training split where it is open already (map-style), so that a large folder is searched once
 
     Returns:
-        (reference, query) of (PIL image, label) items, or None where there are no labels; and a line saying what was done
+        (reference, query) of (PIL image, label) items, or None where there are no labels; a line saying what was done
 
     Raises:
         InputError: the split that the user named cannot be used
@@ -169,7 +170,8 @@ def open_eval_datasets(
                 continue
             source['download'] = False
         elif not apart and not name and os.path.isdir(root) and find_split_folder(root, split):
-            raise InputError(f'--val-split {split}: lies among the training images; give them a folder of their own, train')
+            raise InputError(
+                f'--val-split {split}: lies among the training images; give them a folder of their own, train')
         try:
             query = open_dataset(name, root, split, seed=seed, split_flag='--val-split', **source)
         except InputError:

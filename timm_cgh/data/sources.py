@@ -84,7 +84,8 @@ def _check_name(name: str, root: Optional[str], split: str, flag: str) -> None:
     if prefix and prefix not in _PACKAGES:
         raise InputError(f'--dataset {name}: must start with torch/, hfds/, hfids/, wds/ or tfds/, or be digits')
     if prefix in ('', 'torch', 'wds') and not root:
-        raise InputError(f"--data-dir: say where {name or 'the images'} lie" + (' or shall go' if prefix == 'torch' else ''))
+        raise InputError(
+            f"--data-dir: say where {name or 'the images'} lie" + (' or shall go' if prefix == 'torch' else ''))
     known = (*_TORCH_TRAIN_TEST, *_TORCH_OTHERS, *_TORCH_FOLDERS)
     if prefix == 'torch' and lower not in known:
         raise InputError(f"--dataset {name}: there are {', '.join(known)}")
@@ -105,7 +106,8 @@ def _explain(error: Exception, name: str, root: Optional[str], split: str, flag:
     if isinstance(error, ImportError) or 'please install' in lower:
         return InputError(f'--dataset {name}: needs a package (pip install {_PACKAGES.get(prefix, "timm")})')
     if 'num_samples' in lower:
-        return InputError(f"--num-samples: say how many images {name} {split} has" + (' (or SHARDS|N)' * (prefix == 'wds')))
+        hint = ' (or SHARDS|N)' if prefix == 'wds' else ''
+        return InputError(f'--num-samples: say how many images {name} {split} has{hint}')
     if 'class map' in lower:
         return InputError(f'--class-map: {reason}')
     if 'download' in lower and not download:
@@ -130,7 +132,8 @@ def _check_opened(dataset: Dataset, name: str, target_key: Optional[str]) -> Non
             path = os.path.join(reader.root, shard)
             if '://' not in path and not path.startswith('pipe:') and not os.path.exists(path):
                 raise InputError(f'--data-dir {reader.root}: no shard {shard}')
-    if prefix == 'hfds' and not reader.target_keys and reader.label_key.split('/')[0] not in reader.dataset.column_names:
+    if prefix == 'hfds' and not reader.target_keys \
+            and reader.label_key.split('/')[0] not in reader.dataset.column_names:
         if target_key:
             raise InputError(f"--target-key {target_key}: the columns are {', '.join(reader.dataset.column_names)}")
         reader.dataset = reader.dataset.add_column(reader.label_key, [-1] * len(reader.dataset))  # unlabelled

@@ -19,7 +19,7 @@ __all__ = ['JITTER_ORDERS', 'NUM_PHOTOMETRIC', 'Photometric', 'ViewSpec', 'cut_v
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # torchvision's ColorJitter applies the four in a random order
 JITTER_ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
-# columns of a photometric row: four jitter factors, order (-1: no jitter), grayscale flag, blur sigma in px (0: no blur)
+# columns of a photometric row: four jitter factors, order (-1: no jitter), grayscale flag, blur sigma, px (0: no blur)
 NUM_PHOTOMETRIC = 7
 _RESAMPLE = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 

@@ -49,7 +49,7 @@ def add_common_arguments(parser: Parser) -> None:
     group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME',
-                       help="timm model, local-dir:RUN/export or hf-hub:OWNER/NAME; default: that of --checkpoint's run")
+                       help="timm model, local-dir:RUN/export, hf-hub:OWNER/NAME; default: that of --checkpoint's run")
     group.add_argument('--checkpoint', metavar='FILE',
                        help='weights (safetensors or torch file; ours, MoCo, DINO, ...)')
     group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")

@@ -50,7 +50,8 @@ class CGHTask(TrainingTask):
         device, dtype, verbose: see `timm.task.TrainingTask`
 
     Raises:
-        ValueError: momentum outside [0, 1], a negative warm-up, a bank size below 1, an encoder that does not fit the loss
+        ValueError: momentum outside [0, 1], a negative warm-up, a bank size below 1, an encoder that does not fit the
+            loss
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def create_eval_loader(
     if chans not in (1, 3):
         raise ValueError(f'images have 1 or 3 channels, input_size asks for {chans}')
     if not len(data_config['mean']) == len(data_config['std']) == chans:
-        raise ValueError(f"{chans} channels, mean {data_config['mean']}, std {data_config['std']}: want one per channel")
+        raise ValueError(f"{chans} channels, mean {data_config['mean']}, std {data_config['std']}: one per channel")
     stream = isinstance(dataset, IterableDataset)
     if stream and hasattr(dataset, 'set_loader_cfg'):
         dataset = copy.copy(dataset)

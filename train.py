@@ -187,7 +187,6 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
     """
     task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker = parts
     steps, accum, distributed = len(loader), args.grad_accum_steps, dist.is_initialized()
-    amp_dtype = getattr(torch, args.amp_dtype)
     task.train()
     loader.set_epoch(epoch, start)
     progress = Progress(
@@ -217,7 +216,7 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
         group_size = min(accum, steps - group_start)
         update = i + 1 == group_start + group_size
         with contextlib.nullcontext() if update else task.no_sync():
-            with torch.autocast(to_device.device.type, dtype=amp_dtype, enabled=args.amp):
+            with torch.autocast(to_device.device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp):
                 measured = (i + 1) % args.log_interval == 0 or i + 1 == steps
                 result = task(to_device(batch), batch.target, observe=tracker if measured else None)
             loss = result['loss'] / group_size
@@ -262,14 +261,11 @@ def main(argv=None):
     utils.setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     given = dict(vars(args))
-    args.prefetcher = False
     with blame('--device', args.device):
         device = utils.init_distributed_device(args)
     primary = utils.is_primary(args)
-    if not primary:
-        _logger.setLevel(logging.WARNING)
-    if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True
+    _logger.setLevel(logging.INFO if primary else logging.WARNING)
+    torch.backends.cudnn.benchmark = True
     if args.config == DEFAULT_CONFIG:
         _logger.info(
             "No --data-dir and no --dataset: training on scikit-learn's 1,797 handwritten digits (configs/digits.yaml)")

@@ -234,7 +234,7 @@ RESUMED = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch
            '--recovery-interval', 3, '--predictor', '--resume', 'auto', '--knn-interval', 2]
 
 
-def kill_and_resume(tmp_path, kills, seed):
+def check_kill_and_resume(tmp_path, kills, seed):
     """Train once through, and once killed `kills` times at random moments; both must end the same."""
     began = time.time()
     check_ok(train(*RESUMED, '--output', tmp_path, '--experiment', 'whole'))
@@ -268,12 +268,12 @@ def kill_and_resume(tmp_path, kills, seed):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    kill_and_resume(tmp_path, kills=1, seed=0)
+    check_kill_and_resume(tmp_path, kills=1, seed=0)
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path):
-    kill_and_resume(tmp_path, kills=10, seed=1)
+    check_kill_and_resume(tmp_path, kills=10, seed=1)
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])

@@ -15,7 +15,6 @@ import time
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from timm import utils
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,7 +29,8 @@ from timm_cgh.eval.extract import block_indices, gather_rows
 from timm_cgh.eval.knn import best_knn, chunk_size, knn_predict, nearest_neighbors
 from timm_cgh.eval.pictures import save_class_accuracy, save_retrieval_grid
 from timm_cgh.eval.setup import (
-    add_common_arguments, check_classes, extract_distributed, init_run, load_backbone, open_labelled, write_results)
+    add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
+    write_results)
 from timm_cgh.files import atomic_path
 
 _logger = logging.getLogger('eval')
@@ -122,7 +122,7 @@ def main(argv=None):
             train[0].to(device), train[1], val[0][mine], ks=ks, temperature=args.temperature, chunk=chunk)
     predictions = {k: gather_rows(p, len(val[0]), chunk, device) for k, p in predictions.items()}
     if not primary:
-        return finish(args)
+        return end_run(args)
     accuracy = {k: 100 * (p == val[1]).double().mean().item() for k, p in predictions.items()}
     best, top1 = best_knn(accuracy)
     for k, value in accuracy.items():
@@ -153,14 +153,7 @@ def main(argv=None):
         feature_seconds=round(extracted - began, 1),
         seconds=round(time.monotonic() - began, 1),
     ))
-    return finish(args)
-
-
-def finish(args):
-    if args.distributed:
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0
+    return end_run(args)
 
 
 def cli(argv=None):

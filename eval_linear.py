@@ -23,13 +23,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.errors import InputError
 from timm_cgh.eval import eval_crop_pct
-from timm_cgh.eval.classifier import as_classifier, class_names, find_state, save_state, weights_digest
+from timm_cgh.eval.classifier import (
+    as_classifier, class_names, export_classifier, find_state, save_state, weights_digest)
 from timm_cgh.eval.crops import CropLoader
 from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, losses_of
 from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
 from timm_cgh.eval.setup import (
-    add_common_arguments, check_classes, extract_distributed, init_run, load_backbone, open_labelled, write_results)
-from timm_cgh.hub import export_backbone
+    add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
+    write_results)
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
 
@@ -177,7 +178,7 @@ def main(argv=None):
     if weights_digest(backbone) != digest:
         raise RuntimeError('the frozen backbone has changed')
     if not primary:
-        return finish(args)
+        return end_run(args)
     if results is None:  # a finished run, resumed
         results = evaluate_heads(heads, val_features, val_labels)
     place = best_head(results)
@@ -187,7 +188,7 @@ def main(argv=None):
         _logger.info(f"lr {result['lr']:g}: top-1 {result['top1']:.3f} %, top-5 {result['top5']:.3f} %{diverged}")
     if (best['predictions'] < 0).all():
         _logger.error('Every head has diverged: lower rates (--lr) may help')
-        finish(args)
+        end_run(args)
         return 1
     if len(args.lr) > 1 and place in (0, len(args.lr) - 1):
         _logger.info('The best rate is the %s of those tried (--lr)', 'largest' if place else 'smallest')
@@ -220,25 +221,9 @@ def main(argv=None):
         except ValueError as error:
             _logger.warning(f'No export: {error}; the heads are in last.pth.tar')
         else:
-            export = os.path.join(args.output, 'export')
-            export_backbone(
-                classifier,
-                export,
-                **{k: data_config[k] for k in ('input_size', 'mean', 'std', 'interpolation')},
-                crop_pct=eval_crop_pct(size),
-                tag='linear',
-                extra=dict(label_names=names) if names else None,
-            )
-            _logger.info(f"Load the classifier: timm.create_model('local-dir:{export}', pretrained=True)")
+            export_classifier(classifier, os.path.join(args.output, 'export'), data_config, 'linear', names)
     write_results(args, report)
-    return finish(args)
-
-
-def finish(args):
-    if args.distributed:
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0
+    return end_run(args)
 
 
 def cli(argv=None):

@@ -27,14 +27,14 @@ from timm_cgh.data import ImageSubset, image_mode, labels_of
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.classifier import (
-    as_classifier, class_names, find_state, save_state, top_accuracy, weights_digest)
+    as_classifier, class_names, export_classifier, find_state, save_state, top_accuracy, weights_digest)
 from timm_cgh.eval.crops import CropLoader
 from timm_cgh.eval.linear import LinearHeads
 from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
 from timm_cgh.eval.semisup import Logits, balanced_subset, listed_subset, param_groups
 from timm_cgh.eval.setup import (
-    add_common_arguments, check_classes, extract_distributed, init_run, load_backbone, open_labelled, write_results)
-from timm_cgh.hub import export_backbone
+    add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
+    write_results)
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
 
@@ -204,7 +204,7 @@ def main(argv=None):
         if not torch.tensor(loss).isfinite():
             if primary:
                 _logger.error(f'The loss is not finite in epoch {epoch}: lower --lr-head, --lr may help')
-            finish(args)
+            end_run(args)
             return 1
         if args.distributed:  # each process has its own batch statistics where they are not synchronised
             utils.distribute_bn(classifier, args.world_size, reduce=True)
@@ -229,7 +229,7 @@ def main(argv=None):
     if judged_last is None:  # a finished run, resumed
         judged_last = extract_distributed(Logits(classifier), val_set, data_config, args, device)
     if not primary:
-        return finish(args)
+        return end_run(args)
     logits, val_labels = judged_last
     top1, top5 = top_accuracy(logits, val_labels)
     size = min(data_config['input_size'][1:])
@@ -256,25 +256,9 @@ def main(argv=None):
         predictions = logits.argmax(dim=1)
         save_confusion(val_labels, predictions, os.path.join(args.output, 'confusion.png'), names)
         save_class_accuracy(val_labels, predictions, os.path.join(args.output, 'classes.png'), names)
-        export = os.path.join(args.output, 'export')
-        export_backbone(
-            classifier,
-            export,
-            **{k: data_config[k] for k in ('input_size', 'mean', 'std', 'interpolation')},
-            crop_pct=eval_crop_pct(size),
-            tag='semisup',
-            extra=dict(label_names=names) if names else None,
-        )
-        _logger.info(f"Load the classifier: timm.create_model('local-dir:{export}', pretrained=True)")
+        export_classifier(classifier, os.path.join(args.output, 'export'), data_config, 'semisup', names)
     write_results(args, report)
-    return finish(args)
-
-
-def finish(args):
-    if args.distributed:
-        dist.barrier()
-        dist.destroy_process_group()
-    return 0
+    return end_run(args)
 
 
 def cli(argv=None):

@@ -422,16 +422,15 @@ def main(argv=None):
     _logger.info(f'kNN: {knn_why}')
 
     def check_knn():
-        if monitor is None or not primary:
-            return None
-        return monitor(task.student.backbone)
+        return monitor(task.student.backbone) if monitor is not None and primary else None
 
     pixels = None
     if monitor is not None and primary:
         pixels = monitor.pixels()
         if start_epoch == start_batch == 0:
             knn = knn_before = check_knn()
-        _logger.info(f'kNN top-1 of the raw pixels {pixels:.2f} %, of the backbone before training {knn_before:.2f} %')
+        untrained = '' if knn_before is None else f', of the backbone before training {knn_before:.2f} %'
+        _logger.info(f'kNN top-1 of the raw pixels {pixels:.2f} %{untrained}')
     saver.progress = dict(epoch=0, batch=0, knn=knn, knn_before=knn_before, order=order_of(args, len(loader)))
 
     # ---- training

@@ -276,6 +276,13 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
     check_kill_and_resume(tmp_path, kills=10, seed=1)
 
 
+def test_knn_may_be_switched_on_by_a_resume(tmp_path, images):
+    args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    check_ok(train(*args, '--epochs', 1, '--knn-interval', 0))
+    assert re.search(r'raw pixels \d+\.\d+ %$', check_ok(train(*args, '--epochs', 2)), re.MULTILINE)
+    assert rows_of(tmp_path / 'run')[1]['eval_knn']
+
+
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4, '--log-interval', 1,

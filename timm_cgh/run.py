@@ -172,10 +172,7 @@ def restore(
     Raises:
         InputError: not such a file, or one of another model or method
     """
-    try:
-        state = read_checkpoint(path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    state = read_checkpoint(path)
     try:
         task.load_checkpoint_state(state['state_dict'], state['task_state'])
         optimizer.load_state_dict(state['optimizer'])

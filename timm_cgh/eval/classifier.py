@@ -13,8 +13,13 @@ from torch.utils.data import Dataset, Subset
 
 from timm_cgh.errors import InputError
 from timm_cgh.files import atomic_write
+from timm_cgh.hub import export_backbone
 
-__all__ = ['as_classifier', 'class_names', 'find_state', 'save_state', 'top_accuracy', 'weights_digest']
+from .features import eval_crop_pct
+
+__all__ = [
+    'as_classifier', 'class_names', 'export_classifier', 'find_state', 'save_state', 'top_accuracy', 'weights_digest',
+]
 
 _logger = logging.getLogger('eval')
 
@@ -60,6 +65,33 @@ def as_classifier(
             raise ValueError(
                 f'the classifier of {type(model).__name__} is more than a linear layer on the pooled feature')
     return model
+
+
+def export_classifier(
+        model: nn.Module,
+        folder: str,
+        data_config: Mapping[str, Any],
+        tag: str,
+        names: Optional[List[str]] = None,
+) -> None:
+    """Write a classifier in timm's hub format and say how it is loaded.
+
+    Args:
+        model: timm model with `num_classes=N`
+        folder: see `timm_cgh.hub.export_backbone`
+        data_config: `input_size`, `mean`, `std`, `interpolation` that it was judged with
+        tag: pretrained tag
+        names: of the classes, in the order of their labels
+    """
+    export_backbone(
+        model,
+        folder,
+        **{k: data_config[k] for k in ('input_size', 'mean', 'std', 'interpolation')},
+        crop_pct=eval_crop_pct(min(data_config['input_size'][1:])),
+        tag=tag,
+        extra=dict(label_names=names) if names else None,
+    )
+    _logger.info(f"Load the classifier: timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def top_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float]:

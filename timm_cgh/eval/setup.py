@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator, Tuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from timm import utils
 from torch.utils.data import Dataset, Subset
 
@@ -22,8 +23,8 @@ from .backbone import load_backbone
 from .extract import extract_distributed
 
 __all__ = [
-    'add_common_arguments', 'check_classes', 'extract_distributed', 'init_run', 'load_backbone', 'open_labelled',
-    'write_results',
+    'add_common_arguments', 'check_classes', 'end_run', 'extract_distributed', 'init_run', 'load_backbone',
+    'open_labelled', 'write_results',
 ]
 
 _logger = logging.getLogger('eval')
@@ -197,3 +198,11 @@ def write_results(args: argparse.Namespace, results: Dict[str, Any]) -> None:
             writer.writerow(row)
         else:
             file.write(json.dumps(results, indent=4) + '\n')
+
+
+def end_run(args: argparse.Namespace) -> int:
+    """Let the processes end together; gives the exit code."""
+    if args.distributed:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0

@@ -9,6 +9,8 @@ import torch
 from timm.utils import CheckpointSaver
 from timm.utils.model import unwrap_model
 
+from timm_cgh.errors import InputError
+
 from .cgh import CGHTask
 
 __all__ = ['RunSaver', 'find_resume', 'read_checkpoint']
@@ -20,18 +22,18 @@ def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
     """A checkpoint of a pre-training run, by `torch.load(weights_only=True)`.
 
     Raises:
-        ValueError: no such file, not readable, or not a checkpoint of a pre-training run; one line naming the file
+        InputError: no such file, not readable, or not a checkpoint of a pre-training run; one line naming the file
     """
     if not os.path.isfile(path):
-        raise ValueError(f'--resume {path}: no such file')
+        raise InputError(f'--resume {path}: no such file')
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a broken or foreign file may make the reader raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f'--resume {path}: not a readable checkpoint ({reason[:200]})') from error
+        raise InputError(f'--resume {path}: not a readable checkpoint ({reason[:200]})') from error
     if not isinstance(state, dict) or 'task_state' not in state or 'progress' not in state:
-        raise ValueError(
+        raise InputError(
             f'--resume {path}: not a checkpoint of a CGH pre-training run (weights go to --initial-checkpoint)')
     return state
 
@@ -44,7 +46,7 @@ def find_resume(folder: str) -> Optional[str]:
             continue
         try:
             progress = read_checkpoint(path, mmap=True)['progress']
-        except ValueError as error:
+        except InputError as error:
             _logger.warning(f'passed over: {error}')
             continue
         at = (progress['epoch'], progress['batch'])

@@ -28,19 +28,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.data import (
-    Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_eval_datasets,
-    two_views)
+    Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_eval_datasets)
 from timm_cgh.errors import blame
 from timm_cgh.eval.monitor import KnnMonitor
 from timm_cgh.eval.relations import RelationTracker, relation_columns, selection_text
 from timm_cgh.files import atomic_write
 from timm_cgh.loss import CONTEXTS
-from timm_cgh.progress import Progress, StopRequest
+from timm_cgh.progress import Progress, StopRequest, peak_memory
 from timm_cgh.run import (
-    build_task, choose_settings, create_tracker, leave_files, open_run_folder, order_of, resolve_data_config, restore,
-    warn_if_collapsed)
-from timm_cgh.summary import Summary
-from timm_cgh.task import CGHTask, Meter, RunSaver
+    build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, warn_if_collapsed)
+from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
+from timm_cgh.summary import Boards, Summary
+from timm_cgh.task import PEERS, Meter, MomentumTask, RunSaver
 
 _logger = logging.getLogger('train')
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'digits.yaml')
@@ -77,6 +76,10 @@ group.add_argument('--drop-path', type=fraction, metavar='RATE', help='stochasti
 group.add_argument('--grad-checkpointing', action='store_true')
 
 group = parser.add_argument_group('Method (defaults: paper Sec. 4.1 and the authors\' code)')
+group.add_argument('--method', choices=('cgh', 'moco', *PEERS), default='cgh',
+                   help='moco: MoCo-v2, InfoNCE alone; the others for comparison, by the lightly library')
+group.add_argument('--method-kwargs', nargs='*', default={}, action=utils.ParseKwargs, metavar='KEY=VALUE',
+                   help="of the lightly methods: prototypes, temperature")
 group.add_argument('--context', choices=CONTEXTS, default='cross', help='cross: CGH; same; global: ReSSL (Tab. 5)')
 group.add_argument('--out-indices', nargs='+', type=int, metavar='I', help='hypercolumn stages; default the last two')
 group.add_argument('--hidden-dim', type=at_least_one, default=4096, metavar='N', help='hidden width of the projectors')
@@ -99,6 +102,10 @@ group.add_argument('--sync-bn', action='store_true', help='batch statistics over
 
 group = parser.add_argument_group('Views')
 group.add_argument('--scale', nargs=2, type=positive, default=[0.2, 1.0], metavar=('MIN', 'MAX'), help='crop area')
+group.add_argument('--multi-crop', nargs='*', type=at_least_one, metavar='PX',
+                   help="sizes of the student's crops, the full one first; without sizes the paper's five (Tab. 2)")
+group.add_argument('--multi-crop-scale', nargs='+', type=positive, metavar='MIN MAX',
+                   help='crop area of each; default --scale in proportion to the size')
 group.add_argument('--ratio', nargs=2, type=positive, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'))
 group.add_argument('--weak-scale', nargs=2, type=positive, metavar=('MIN', 'MAX'), help='of the teacher')
 group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
@@ -164,7 +171,7 @@ group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKE
 
 class Parts(NamedTuple):
     """What every epoch needs."""
-    task: CGHTask
+    task: MomentumTask
     loader: Iterable[Batch]
     to_device: ViewsToDevice
     optimizer: torch.optim.Optimizer
@@ -296,25 +303,12 @@ def main(argv=None):
     tracker = create_tracker(args, task, dataset)
     data_config = resolve_data_config(args, task.student.backbone.pretrained_cfg)
     img_size = data_config['input_size'][-1]
-    with blame('--img-size', img_size), torch.no_grad():
-        task.eval()
-        task.student(torch.zeros(2, *data_config['input_size']))
+    views = choose_views(args, img_size)
+    check_view_sizes(task, views, args.in_chans)
     folder, resume = open_run_folder(args, img_size)
     loader = create_view_loader(
         dataset,
-        two_views(
-            img_size,
-            scale=args.scale,
-            weak_scale=args.weak_scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            color_jitter=args.color_jitter,
-            jitter_prob=args.color_jitter_prob,
-            gray_prob=args.grayscale_prob,
-            blur_prob=args.gaussian_blur_prob,
-            blur_sigma=args.gaussian_blur_sigma,
-            interpolation=args.train_interpolation,
-        ),
+        views,
         batch_size=args.batch_size,
         seed=args.seed,
         mode=image_mode(args.in_chans),
@@ -342,7 +336,9 @@ def main(argv=None):
             monitor = KnnMonitor(*sets, data_config, workers=args.workers, device=device, amp_dtype=amp_dtype)
 
     # ---- optimisation; order matters: device and layout, compile, DDP
-    task.contrast_warmup = round(args.contrast_warmup_epochs * math.ceil(len(loader) / args.grad_accum_steps))
+    updates = math.ceil(len(loader) / args.grad_accum_steps)
+    if args.contrast_warmup_epochs:
+        task.contrast_warmup = round(args.contrast_warmup_epochs * updates)
     task.to(device)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
@@ -355,7 +351,6 @@ def main(argv=None):
             filter_bias_and_bn=args.no_decay_norm_bias,
             foreach=True if args.opt in ('momentum', 'sgd', 'adam', 'adamw') else None,  # torch would loop on a CPU
         )
-    updates = math.ceil(len(loader) / args.grad_accum_steps)
     schedule = scheduler_kwargs(args)
     schedule.update(
         num_epochs=args.epochs - args.warmup_epochs,  # the stated epochs hold the warm-up, which timm would add
@@ -399,22 +394,16 @@ def main(argv=None):
     if scheduler is not None:
         scheduler.step_update(task.num_updates)
     summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
-    board = None
+    boards = Boards()
     if primary:
         with atomic_write(os.path.join(folder, 'args.yaml')) as file:
             yaml.safe_dump(given, file, default_flow_style=None, sort_keys=False)
-        if args.log_wandb:
-            with blame('--log-wandb'):
-                import wandb
-                wandb.init(project='timm-cgh', name=os.path.basename(folder), config=given)
-        if args.log_tensorboard:
-            with blame('--log-tensorboard'):
-                from torch.utils.tensorboard import SummaryWriter
-                board = SummaryWriter(folder)
+        boards.open(folder, given, wandb=args.log_wandb, tensorboard=args.log_tensorboard)
 
+    method = f'{args.context} context' if args.method == 'cgh' else args.method
     millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
     _logger.info(
-        f'{args.model} ({millions:.2f} M parameters), {args.context} context, {images} images of {img_size} '
+        f'{args.model} ({millions:.2f} M parameters), {method}, {images} images of {img_size} '
         f'px, {len(loader)} batches of {args.batch_size} x {args.world_size} an epoch, lr {args.lr:g}, bank '
         f'{args.bank_size}, on {device} -> {folder}')
     if is_stream(dataset):
@@ -456,6 +445,7 @@ def main(argv=None):
             if not primary:
                 continue
             row = {'epoch': epoch, **{f'train_{k}': v for k, v in means.items()}, 'train_images_per_s': round(rate, 1)}
+            row['train_peak_memory_mib'] = round(peak_memory(device))
             if knn_now is not None:
                 row['eval_knn'] = round(knn_now, 3)
             row['lr'] = optimizer.param_groups[0]['lr']
@@ -466,11 +456,7 @@ def main(argv=None):
             saver.save_checkpoint(epoch, metric=knn_now)
             averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
             _logger.info(f"epoch {epoch}: {averages}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
-            if args.log_wandb:
-                wandb.log(row)
-            if board is not None:
-                for name, value in row.items():
-                    board.add_scalar(name, value, epoch)
+            boards.add(row)
 
     # ---- what the run leaves
     if primary:

@@ -262,7 +262,8 @@ def check_kill_and_resume(tmp_path, kills, seed):
     files_equal(tmp_path / 'whole', tmp_path / 'killed')
     whole, resumed = rows_of(tmp_path / 'whole'), rows_of(tmp_path / 'killed')
     for row in [*whole, *resumed]:
-        row.pop('train_images_per_s')
+        for measured in ('train_images_per_s', 'train_peak_memory_mib'):
+            row.pop(measured)
     assert whole == resumed
     assert not list((tmp_path / 'killed').glob('recovery*'))
 
@@ -312,7 +313,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
 def test_two_processes_train_by_torchrun(tmp_path, images):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(REPOSITORY / 'train.py')]
     args = [*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', '--batch-size', 4,
-            '--shuffle-bn', '--grad-accum-steps', 2, '--log-interval', 1]
+            '--shuffle-bn', '--grad-accum-steps', 2, '--log-interval', 1, '--multi-crop', 16, 12, 12]
     done = subprocess.run([*launch, *map(str, args)], env=ENV, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     text = check_ok(done)
     assert '3 batches of 4 x 2 an epoch' in text and text.count('Load the backbone') == 1
@@ -351,6 +352,14 @@ def test_two_processes_train_by_torchrun(tmp_path, images):
     (['--img-size', '1', '--model', 'test_vit'], ['--img-size', '1']),
     (['--knn-interval', '-1'], ['--knn-interval']),
     (['--config', 'no.yaml'], ['--config no.yaml']),
+    (['--multi-crop', '12'], ['--multi-crop 12', '16']),
+    (['--multi-crop', '16', '12', '--multi-crop-scale', '0.5', '1'], ['--multi-crop-scale', '2 crops']),
+    (['--multi-crop-scale', '0.5', '1'], ['--multi-crop-scale', '--multi-crop']),
+    (['--multi-crop', '32', '16', '--img-size', '32', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1'],
+     ['--multi-crop 16', 'dynamic_img_size']),
+    (['--method', 'moco', '--context', 'same'], ['--context', '--method moco']),
+    (['--method', 'simclr', '--multi-crop'], ['--multi-crop', '--method simclr']),
+    (['--method', 'moco', '--track-relations'], ['--track-relations', '--method moco']),
 ])
 def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(tmp_path, images, capsys, args, named):
     (tmp_path / 'empty').mkdir()

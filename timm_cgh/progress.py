@@ -1,5 +1,6 @@
 """How a run talks to the person before the screen, and how it is asked to stop."""
 import logging
+import math
 import signal
 import sys
 import time
@@ -10,9 +11,26 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-__all__ = ['Progress', 'StopRequest']
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+__all__ = ['Progress', 'StopRequest', 'peak_memory']
 
 _logger = logging.getLogger('train')
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, MiB: what torch has taken of a GPU; of a CPU what this process has taken, libraries
+    included and data workers not.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == 'darwin' else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 
 class StopRequest:

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from datetime import datetime
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -16,25 +16,25 @@ import torch.nn as nn
 from timm.utils import NativeScaler
 from torch.utils.data import Dataset
 
-from timm_cgh.data import is_stream, labels_of
+from timm_cgh.data import ViewSpec, is_stream, labels_of
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, save_relations
 from timm_cgh.hub import export_backbone, load_weights
 from timm_cgh.models import create_backbone
 from timm_cgh.report import save_curves
-from timm_cgh.task import CGHTask, create_task, find_resume, read_checkpoint
+from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task, find_resume, read_checkpoint
 
 __all__ = [
-    'build_task', 'choose_settings', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of',
-    'resolve_data_config', 'restore', 'warn_if_collapsed',
+    'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
+    'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
 
 
-def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
-    """Backbone from timm, with the weights to start from, and the CGH task around it; also timm's arguments for it."""
+def build_task(args: argparse.Namespace) -> Tuple[MomentumTask, Dict[str, Any]]:
+    """Backbone from timm, with the weights to start from, and the task around it; also timm's arguments for it."""
     name = args.model
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
@@ -53,10 +53,13 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
         with blame('--grad-checkpointing'):
             getattr(backbone, 'model', backbone).set_grad_checkpointing(True)
     norms = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
+    if args.method in PEERS:
+        return _build_peer_task(args, backbone), options
     with blame('--out-indices' if args.out_indices else '--model', args.out_indices or name):
         task = create_task(
             backbone,
-            context=args.context,
+            context='global' if args.method == 'moco' else args.context,
+            method=args.method,
             bank_size=args.bank_size,
             momentum=args.momentum_teacher,
             shuffle_bn=args.shuffle_bn,
@@ -76,6 +79,46 @@ def build_task(args: argparse.Namespace) -> Tuple[CGHTask, Dict[str, Any]]:
     return task, options
 
 
+def _build_peer_task(args: argparse.Namespace, backbone: nn.Module) -> MomentumTask:
+    with blame('--method', args.method):
+        try:
+            from timm_cgh.task.peers import create_peer_task
+        except ImportError as error:
+            raise InputError(f"--method {args.method}: needs the lightly library (pip install 'timm-cgh[peers]')") \
+                from error
+    with blame('--method-kwargs', args.method_kwargs):
+        return create_peer_task(
+            args.method,
+            backbone,
+            hidden_dim=args.hidden_dim,
+            embed_dim=args.embed_dim,
+            bank_size=args.bank_size,
+            momentum=args.momentum_teacher,
+            **args.method_kwargs,
+        )
+
+
+@torch.no_grad()
+def check_view_sizes(task: MomentumTask, views: Sequence[ViewSpec], in_chans: int) -> None:
+    """Try the student on every size of image that it will see.
+
+    Raises:
+        InputError: the model does not take one of them
+    """
+    task.eval()
+    full = views[0].size
+    with blame('--img-size', full):
+        task.student(torch.zeros(2, in_chans, full, full))
+    for size in {view.size for view in views} - {full}:
+        try:
+            task.student(torch.zeros(2, in_chans, full, full), torch.zeros(2, in_chans, size, size))
+        except Exception as error:  # each model has its own way to refuse
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f'--multi-crop {size}: the model does not take images of {full} and {size} px ({reason}); plain ViTs do '
+                f'with --model-kwargs dynamic_img_size=True') from error
+
+
 def create_tracker(args: argparse.Namespace, task: CGHTask, dataset: Dataset) -> Optional[RelationTracker]:
     """What `--track-relations` asks for; streams have no labels until they are read: their columns may stay blank."""
     if args.track_relations is None:
@@ -87,54 +130,6 @@ def create_tracker(args: argparse.Namespace, task: CGHTask, dataset: Dataset) ->
     with blame('--track-relations', args.track_relations):
         selection.check(args.bank_size)
     return RelationTracker(selection, {'global': task.loss.temp_teacher, 'hyper': task.loss.temp_hyper_teacher})
-
-
-def resolve_data_config(args: argparse.Namespace, cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """Size and normalisation of the images: the command line's, else the model's own."""
-    size = args.img_size or cfg['input_size'][-1]
-    config = dict(input_size=(args.in_chans, size, size), interpolation=args.train_interpolation)
-    for name in ('mean', 'std'):
-        values = list(getattr(args, name) or cfg[name])
-        if len(values) != args.in_chans:
-            if len(values) > 1 and getattr(args, name):
-                raise InputError(f'--{name}: {len(values)} values for --in-chans {args.in_chans}')
-            values = [sum(values) / len(values)] * args.in_chans  # grey images: the average of the colours
-        config[name] = tuple(values)
-    return config
-
-
-def default_bank_size(num_images: int) -> int:
-    """The paper's 131072 on ImageNet-1k and 4096 on CIFAR-10: a power of two, at most an eighth of the images."""
-    return min(131072, 2 ** int(math.log2(max(1, num_images // 8))))
-
-
-def choose_settings(args: argparse.Namespace, num_images: int) -> None:
-    """Refuse settings that would train nothing, or not what was meant; choose what was left open, and say so."""
-    if args.sync_bn and (args.world_size == 1 or args.device == 'cpu'):
-        raise InputError('--sync-bn: needs several processes with a GPU each (--shuffle-bn works on any device)')
-    auto = min(5.0, args.epochs / 4)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = auto
-    if args.contrast_warmup_epochs is None:
-        args.contrast_warmup_epochs = 0.0 if args.context == 'global' else auto
-    for flag, value in (('warmup', args.warmup_epochs), ('contrast-warmup', args.contrast_warmup_epochs)):
-        if value >= args.epochs:
-            raise InputError(f'--{flag}-epochs {value:g}: as long as the run (--epochs {args.epochs}), take less')
-    if args.bank_size is None:
-        args.bank_size = default_bank_size(num_images)
-        _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images (--bank-size)')
-    elif args.bank_size > num_images:
-        raise InputError(
-            f'--bank-size {args.bank_size}: larger than the data set ({num_images} images), every image would sit in '
-            f'it several times; {default_bank_size(num_images)} would do')
-    ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
-    if args.lr is None:
-        args.lr = args.lr_base * (ratio if args.lr_base_scale == 'linear' else math.sqrt(ratio))
-    for name in ('scale', 'ratio', 'weak_scale', 'gaussian_blur_sigma'):
-        low_high = getattr(args, name)
-        if low_high and low_high[0] > low_high[1]:
-            low, high = low_high
-            raise InputError(f"--{name.replace('_', '-')} {low:g} {high:g}: the first must not exceed the second")
 
 
 def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[str]]:
@@ -163,7 +158,7 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
 def restore(
         path: str,
         args: argparse.Namespace,
-        task: CGHTask,
+        task: MomentumTask,
         optimizer: torch.optim.Optimizer,
         scaler: Optional[NativeScaler] = None,
 ) -> Dict[str, Any]:
@@ -209,7 +204,7 @@ def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
 def leave_files(
         args: argparse.Namespace,
         folder: str,
-        task: CGHTask,
+        task: MomentumTask,
         rows: List[Dict[str, Any]],
         data_config: Dict[str, Any],
         model_kwargs: Dict[str, Any],
@@ -222,7 +217,7 @@ def leave_files(
         os.path.join(folder, 'export'),
         **data_config,
         crop_pct=eval_crop_pct(data_config['input_size'][-1]),
-        tag=f'cgh_{args.context}_{len(rows)}ep',
+        tag=f"{f'cgh_{args.context}' if args.method == 'cgh' else args.method}_{len(rows)}ep",
         model_kwargs=model_kwargs,
     )
     files = ['args.yaml', 'summary.csv', 'last.pth.tar', 'export/']

@@ -1,11 +1,20 @@
-"""`summary.csv` of a run: one row per epoch, whole at any moment."""
+"""The epochs of a run, one row each: `summary.csv`, whole at any moment, and the boards that people watch."""
 import csv
 import os
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
+from timm_cgh.errors import blame
 from timm_cgh.files import atomic_write
 
-__all__ = ['Summary']
+__all__ = ['Boards', 'Summary', 'read_rows']
+
+
+def read_rows(path: str) -> List[Dict[str, str]]:
+    """Rows of a `summary.csv`, values as text; none where there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
 
 
 class Summary:
@@ -21,9 +30,8 @@ class Summary:
     def __init__(self, path: str, start_epoch: int = 0):
         self.path = path
         self.rows: List[Dict[str, Any]] = []
-        if start_epoch and os.path.exists(path):
-            with open(path, newline='', encoding='utf-8') as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row['epoch']) < start_epoch]
+        if start_epoch:
+            self.rows = [row for row in read_rows(path) if int(row['epoch']) < start_epoch]
 
     def add(self, row: Dict[str, Any]) -> None:
         """Append a row and write the file."""
@@ -33,3 +41,41 @@ class Summary:
             writer = csv.DictWriter(file, fieldnames=names, restval='', lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+class Boards:
+    """Weights & Biases and TensorBoard, where they are asked for."""
+
+    def __init__(self):
+        self._add: List[Callable[[Dict[str, Any]], None]] = []
+
+    def open(self, folder: str, config: Dict[str, Any], wandb: bool = False, tensorboard: bool = False) -> None:
+        """
+        Args:
+            folder: of the run
+            config: its options
+            wandb, tensorboard: which to open
+
+        Raises:
+            InputError: the package is not installed, or does not start
+        """
+        if wandb:
+            with blame('--log-wandb'):
+                import wandb as client
+                client.init(project='timm-cgh', name=os.path.basename(folder), config=config)
+                self._add.append(client.log)
+        if tensorboard:
+            with blame('--log-tensorboard'):
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(folder)
+
+            def add_scalars(row: Dict[str, Any]) -> None:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, row['epoch'])
+
+            self._add.append(add_scalars)
+
+    def add(self, row: Dict[str, Any]) -> None:
+        """Show the row of an epoch."""
+        for add in self._add:
+            add(row)

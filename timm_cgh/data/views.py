@@ -14,7 +14,8 @@ from PIL import Image
 
 from timm_cgh.errors import InputError
 
-__all__ = ['JITTER_ORDERS', 'NUM_PHOTOMETRIC', 'Photometric', 'ViewSpec', 'cut_views', 'two_views', 'view_rng']
+__all__ = ['JITTER_ORDERS', 'NUM_PHOTOMETRIC', 'Photometric', 'ViewSpec', 'cut_views', 'multi_crop', 'two_views',
+           'view_rng']
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # torchvision's ColorJitter applies the four in a random order
@@ -109,6 +110,40 @@ def two_views(
         ViewSpec(size, tuple(weak_scale or scale), **geometry),
         ViewSpec(size, tuple(scale), photometric=photometric, **geometry),
     ]
+
+
+def multi_crop(
+        views: Sequence[ViewSpec],
+        sizes: Sequence[int] = (),
+        scales: Optional[Sequence[float]] = None,
+) -> List[ViewSpec]:
+    """The teacher's view and several contrastive crops for the student, the full-size one first.
+
+    Args:
+        views: of `two_views`
+        sizes: sides of the crops, px, the full size first; none: 1, 6/7, 5/7, 4/7 and 3/7 of the full size, the paper's
+            224, 192, 160, 128 and 96 px of 224
+        scales: MIN MAX of each crop's share of the image area, one pair after another; none: the full-size view's, in
+            proportion to the crop's side, which at 224 px are those of the authors' code to the third decimal
+
+    Raises:
+        InputError: sizes that do not start with the full size or exceed it, scales that no crop can have or of another
+            number; names the flag
+    """
+    teacher, full = views
+    sizes = list(sizes) or [round(full.size * sevenths / 7) for sevenths in (7, 6, 5, 4, 3)]
+    if sizes[0] != full.size or max(sizes) > full.size:
+        raise InputError(f"--multi-crop {' '.join(map(str, sizes))}: must start with the full size, {full.size}, and "
+                         f'not exceed it')
+    if scales is None:
+        pairs = [tuple(bound * size / full.size for bound in full.scale) for size in sizes]
+    else:
+        pairs = list(zip(scales[::2], scales[1::2]))
+        if len(scales) != 2 * len(sizes) or not all(0 < low <= high <= 1 for low, high in pairs):
+            raise InputError(
+                f"--multi-crop-scale {' '.join(f'{v:g}' for v in scales)}: must be MIN MAX for each of {len(sizes)} "
+                f'crops, 0 < MIN <= MAX <= 1')
+    return [teacher, *(full._replace(size=size, scale=pair) for size, pair in zip(sizes, pairs))]
 
 
 def view_rng(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:

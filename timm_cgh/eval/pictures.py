@@ -8,13 +8,13 @@ from PIL import Image
 
 from timm_cgh.files import atomic_write
 
-__all__ = ['save_class_accuracy', 'save_confusion', 'save_retrieval_grid']
+__all__ = ['new_figure', 'save_class_accuracy', 'save_confusion', 'save_figure', 'save_retrieval_grid']
 
 _BLUE, _RIGHT, _WRONG, _GREY = '#0072b2', '#009e73', '#d55e00', '#555555'
 _LISTED = 30  # classes: beyond, names cannot be read
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """An empty figure in inches, or None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +26,7 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _save(figure, path: Union[str, Path]) -> bool:
+def save_figure(figure, path: Union[str, Path]) -> bool:
     with atomic_write(path, 'wb') as file:
         figure.savefig(file, format='png', dpi=120)
     return True
@@ -69,7 +69,7 @@ def save_confusion(
     names = _named(names, labels, predictions)
     counts = _counts(labels, predictions, len(names))
     size = min(12.0, max(5.0, 2.4 + 0.34 * len(names)))
-    figure = _figure(size + 0.8, size)
+    figure = new_figure(size + 0.8, size)
     if figure is None:
         return False
     from matplotlib.colors import Normalize, PowerNorm
@@ -100,7 +100,7 @@ def save_confusion(
     axes.set_ylabel('true')
     right = np.trace(counts)
     axes.set_title(f'Top-1 {100 * right / max(1, len(labels)):.2f} %, {len(labels)} images', fontsize=10, loc='left')
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def save_class_accuracy(
@@ -123,7 +123,7 @@ def save_class_accuracy(
     present = np.flatnonzero(total)
     order = present[np.argsort(-accuracy[present], kind='stable')]
     listed = len(order) <= _LISTED
-    figure = _figure(7.5, 1.2 + 0.26 * max(4, len(order)) if listed else 4.5)
+    figure = new_figure(7.5, 1.2 + 0.26 * max(4, len(order)) if listed else 4.5)
     if figure is None:
         return False
     mean = accuracy[order].mean()
@@ -156,7 +156,7 @@ def save_class_accuracy(
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)
     axes.set_title(f'Accuracy of each class, mean {mean:.2f} % (dashed)', fontsize=10, loc='left')
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def save_retrieval_grid(
@@ -176,7 +176,7 @@ def save_retrieval_grid(
         False, and nothing is written, where matplotlib is not installed
     """
     columns = max(map(len, rows))
-    figure = _figure(0.95 * columns + 0.3, 1.12 * len(rows) + 0.7)
+    figure = new_figure(0.95 * columns + 0.3, 1.12 * len(rows) + 0.7)
     if figure is None:
         return False
     # a gap between queries and neighbours
@@ -200,4 +200,4 @@ def save_retrieval_grid(
                 axes.set_title('query' if x == 0 else 'nearest →', fontsize=8, loc='left')
     heading = ' · '.join(filter(None, (title, 'green: the class of the query, orange: another')))
     figure.suptitle(heading, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -14,7 +14,10 @@ CONTEXTS = ('cross', 'same', 'global')
 
 
 class Contexts(NamedTuple):
-    """The two embeddings of a batch: (B, D) unit rows each; `hyper_embed` is None where no hypercolumn is built."""
+    """The two embeddings of a batch: (B, D) unit rows each; `hyper_embed` is None where no hypercolumn is built.
+
+    Of a student that sees several crops, `global_embed` is (crops, B, D), the full-size crop first.
+    """
     global_embed: torch.Tensor
     hyper_embed: Optional[torch.Tensor] = None
 
@@ -28,6 +31,9 @@ class CrossContextLoss(nn.Module):
 
     With w the progress of the warm-up in [0, 1], loss = w * relation_weight * (sum of the relation terms)
     + (1 - w) * (sum of InfoNCE over the contexts in use).
+
+    With multi-crop the full-size crop enters every term, the smaller ones those of the student's global context
+    (global-hypercolumn alignment for `cross`), which are averaged over all crops.
 
     Args:
         context: one of `cross`, `same`, `global`

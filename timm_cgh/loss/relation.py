@@ -45,22 +45,24 @@ class _RelationCrossEntropy(torch.autograd.Function):
             dtype = _working_dtype(student, student_bank, teacher, teacher_bank)
             z, z_bank = student.to(dtype), student_bank.to(dtype)
             t, t_bank = teacher.to(dtype), teacher_bank.to(dtype)
-            batch = len(z)
+            batch = len(t)
+            z = z.reshape(-1, batch, z.shape[-1])  # (n, B, D)
             needs_grad = ctx.needs_input_grad[0]
             grad = torch.empty_like(z) if needs_grad else None
-            losses = z.new_empty(batch)
+            losses = z.new_empty(z.shape[:2])
             entropies = z.new_empty(batch)
             for rows in _row_chunks(batch, len(z_bank), z.device):
                 log_p = ((t[rows] / teacher_temp) @ t_bank.T).log_softmax(dim=1)  # (b, D) @ (D, K) -> (b, K): Eq. 1, 4
                 p = log_p.exp()
                 entropies[rows] = -torch.linalg.vecdot(p, log_p)
                 del log_p
-                log_s = ((z[rows] / student_temp) @ z_bank.T).log_softmax(dim=1)  # Eq. 2, 4
-                losses[rows] = -torch.linalg.vecdot(p, log_s)  # Eq. 3, 5
-                if needs_grad:
-                    torch.mm(log_s.exp_().sub_(p), z_bank, out=grad[rows])  # (b, K) @ (K, D) -> (b, D)
+                for view in range(len(z)):  # of the same images: one target for all
+                    log_s = ((z[view, rows] / student_temp) @ z_bank.T).log_softmax(dim=1)  # Eq. 2, 4
+                    losses[view, rows] = -torch.linalg.vecdot(p, log_s)  # Eq. 3, 5
+                    if needs_grad:
+                        torch.mm(log_s.exp_().sub_(p), z_bank, out=grad[view, rows])  # (b, K) @ (K, D) -> (b, D)
             if needs_grad:
-                ctx.save_for_backward(grad.div_(student_temp * batch))
+                ctx.save_for_backward(grad.div_(student_temp * losses.numel()).view_as(student))
             ctx.input_dtype = student.dtype
             entropy = entropies.mean()
             ctx.mark_non_differentiable(entropy)
@@ -89,7 +91,7 @@ def relation_cross_entropy(
     Row k of both banks must come from the same image.
 
     Args:
-        student: (B, D) unit rows
+        student: (B, D) unit rows, or (n, B, D) of n views of each image, which share the target
         student_bank: (K, D) unit rows of the student's context
         teacher: (B, D') unit rows
         teacher_bank: (K, D') unit rows of the teacher's context
@@ -98,16 +100,16 @@ def relation_cross_entropy(
         return_entropy: give the mean entropy of the targets (nats, at most ln K) as well
 
     Returns:
-        scalar, mean over the batch in nats; with `return_entropy` the pair (loss, entropy)
+        scalar, mean over batch and views in nats; with `return_entropy` the pair (loss, entropy)
 
     Raises:
         ValueError: a temperature that is not positive, or shapes that do not fit
     """
-    _check(student_temp, (student, student_bank))
+    _check(student_temp, (student[0] if student.ndim == 3 else student, student_bank))
     _check(teacher_temp, (teacher, teacher_bank))
-    if len(student) != len(teacher) or len(student_bank) != len(teacher_bank):
+    if student.shape[-2] != len(teacher) or len(student_bank) != len(teacher_bank):
         raise ValueError(
-            f'student and teacher must agree in batch ({len(student)}, {len(teacher)}) and in bank size '
+            f'student and teacher must agree in batch ({student.shape[-2]}, {len(teacher)}) and in bank size '
             f'({len(student_bank)}, {len(teacher_bank)})')
     loss, entropy = _RelationCrossEntropy.apply(
         student, student_bank, teacher.detach(), teacher_bank, student_temp, teacher_temp)
@@ -152,17 +154,19 @@ def info_nce(query: torch.Tensor, key: torch.Tensor, bank: torch.Tensor, temp: f
     -log(exp(q k / t) / (exp(q k / t) + sum_j exp(q n_j / t))). Key and bank are constants.
 
     Args:
-        query: (B, D) unit rows of the student
+        query: (B, D) unit rows of the student, or (n, B, D) of n views of each image
         key: (B, D) unit rows of the teacher for the same images
         bank: (K, D) unit rows, the negatives
         temp: temperature t
 
     Returns:
-        scalar, mean over the batch in nats
+        scalar, mean over batch and views in nats
 
     Raises:
         ValueError: a temperature that is not positive, or shapes that do not fit
     """
+    if query.ndim == 3:
+        query, key = query.flatten(0, 1), key.repeat(len(query), 1)
     _check(temp, (query, bank), (key, bank))
     if query.shape != key.shape:
         raise ValueError(f'query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape')

@@ -1,5 +1,5 @@
 """timm backbone + hypercolumn + heads -> the two contexts of CGH (Sec. 3.2, 3.4)."""
-from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -134,27 +134,48 @@ class ContextEncoder(nn.Module):
             self.hyper_predictor = Predictor(embed_dim, hidden_dim) if predictor else nn.Identity()
         self.embed_dim = embed_dim
 
-    def forward_contexts(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """(B, C, H, W) normalised images -> (B, d) global context h^g and the (B, C_l, H_l, W_l) maps."""
+    def forward_contexts(self, x: torch.Tensor, maps: bool = True) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """(B, C, H, W) normalised images -> (B, d) global context h^g and, if asked for, the (B, C_l, H_l, W_l) maps."""
         if self.features_only:
-            maps = self.backbone(x)
-            maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
+            found = self.backbone(x)
+            found = list(found.values()) if isinstance(found, dict) else list(found)
             if getattr(self.backbone, 'output_fmt', 'NCHW') == 'NHWC':
-                maps = [m.permute(0, 3, 1, 2) for m in maps]
-            return maps[-1].mean(dim=(2, 3)), maps
-        if self.hypercolumn is None:
+                found = [m.permute(0, 3, 1, 2) for m in found]
+            return found[-1].mean(dim=(2, 3)), found if maps else []
+        if not maps:
             return self.backbone(x), []
-        final, maps = self.backbone.forward_intermediates(x, indices=self.out_indices, output_fmt='NCHW')
-        return self.backbone.forward_head(final, pre_logits=True), maps
+        final, found = self.backbone.forward_intermediates(x, indices=self.out_indices, output_fmt='NCHW')
+        return self.backbone.forward_head(final, pre_logits=True), found
 
-    def forward(self, x: torch.Tensor) -> Contexts:
-        """(B, C, H, W) normalised images -> `Contexts` of (B, embed_dim) float32 unit rows."""
-        context, maps = self.forward_contexts(x)
+    def forward(self, x: torch.Tensor, *crops: torch.Tensor) -> Contexts:
+        """
+        Args:
+            x: (B, C, H, W) normalised images
+            crops: further views of the same images, each of any size, which give their global context only (multi-crop);
+                views of one size pass the network in one batch
+
+        Returns:
+            `Contexts` of (B, embed_dim) float32 unit rows; with crops, `global_embed` is (1 + crops, B, embed_dim)
+        """
+        views, batch = (x, *crops), len(x)
+        by_size: Dict[Tuple[int, int], List[int]] = {}
+        for number, view in enumerate(views):
+            by_size.setdefault(tuple(view.shape[-2:]), []).append(number)
+        contexts: Dict[int, torch.Tensor] = {}
+        hyper = None
+        for numbers in by_size.values():
+            first = numbers[0] == 0
+            images = torch.cat([views[i] for i in numbers]) if len(numbers) > 1 else views[numbers[0]]
+            context, maps = self.forward_contexts(images, maps=first and self.hypercolumn is not None)
+            contexts.update(zip(numbers, context.split(batch)))
+            if maps:
+                hyper = self.hyper_predictor(self.hyper_projector(self.hypercolumn([m[:batch] for m in maps])))
+                hyper = F.normalize(hyper.float(), dim=1)
+        context = torch.cat([contexts[i] for i in range(len(views))]) if crops else contexts[0]
         global_embed = F.normalize(self.predictor(self.projector(context)).float(), dim=1)
-        if self.hypercolumn is None:
-            return Contexts(global_embed)
-        hyper = self.hyper_predictor(self.hyper_projector(self.hypercolumn(maps)))
-        return Contexts(global_embed, F.normalize(hyper.float(), dim=1))
+        if crops:
+            global_embed = global_embed.unflatten(0, (len(views), batch))
+        return Contexts(global_embed, hyper)
 
     @torch.jit.ignore
     def no_weight_decay(self):

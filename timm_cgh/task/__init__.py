@@ -1,4 +1,5 @@
 from .cgh import CGHTask
-from .factory import create_task
+from .factory import PEERS, create_task
 from .meter import Meter
+from .momentum import MomentumTask
 from .saver import RunSaver, find_resume, read_checkpoint

@@ -4,17 +4,20 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 import torch.nn as nn
 
-from timm_cgh.loss import CrossContextLoss
+from timm_cgh.loss import ContrastLoss, CrossContextLoss
 from timm_cgh.models.encoder import ContextEncoder
 
 from .cgh import CGHTask
 
-__all__ = ['create_task']
+__all__ = ['PEERS', 'create_task']
+
+PEERS = ('simclr', 'byol', 'simsiam', 'swav', 'nnclr', 'dino')  # of `timm_cgh.task.peers`, an optional extra
 
 
 def create_task(
         backbone: Union[str, nn.Module] = 'resnet50',
         context: str = 'cross',
+        method: str = 'cgh',
         bank_size: int = 131072,
         momentum: float = 0.999,
         contrast_warmup: int = 0,
@@ -37,12 +40,15 @@ def create_task(
     """A `CGHTask` from a backbone's name (or module) and options; the hypercolumn is built where the context needs it.
 
     Options are those of `ContextEncoder`, `CrossContextLoss` and `CGHTask`; `backbone_kwargs` go to timm's
-    `create_model`.
+    `create_model`. With the method `moco` in place of `cgh` the loss is `ContrastLoss` (MoCo-v2), and of the loss's
+    options only `contrast_temp` counts.
 
     Raises:
-        ValueError: see those three
+        ValueError: neither of the two methods; see those three
     """
-    loss = CrossContextLoss(
+    if method not in ('cgh', 'moco'):
+        raise ValueError(f'method must be cgh or moco, got {method!r}')
+    loss = ContrastLoss(contrast_temp) if method == 'moco' else CrossContextLoss(
         context=context,
         temp_student=temp_student,
         temp_teacher=temp_teacher,

@@ -1,0 +1,73 @@
+"""compare.py: methods side by side."""
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from test_train import ENV
+
+from conftest import REPOSITORY
+from timm_cgh.eval.comparison import Run, save_chart, save_tables, summarise
+
+DIGITS = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in-chans', 1, '--mean', 0.3, '--std', 0.37,
+          '--batch-size', 128, '--hidden-dim', 32, '--embed-dim', 16, '--bank-size', 256, '--epochs', 1, '--workers', 0,
+          '--knn-interval', 0, '--device', 'cpu']
+
+
+def compare(*args):
+    command = [sys.executable, str(REPOSITORY / 'compare.py'), *map(str, args)]
+    return subprocess.run(command, env=ENV, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def table(path):
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def test_means_and_deviations_are_taken_over_the_seeds_of_a_method():
+    runs = [Run('b', 1, 40.0, 50.0, 100.0, 900.0), Run('a', 1, 10.0, 20.0), Run('b', 2, 44.0, 53.0, 110.0, 900.0)]
+    first, second = summarise(runs)
+    assert (first['method'], first['seeds'], first['knn'], first['linear']) == ('b', 2, 42.0, 51.5)
+    assert first['knn_std'] == pytest.approx(8 ** 0.5) and first['peak_memory_mib_std'] == 0
+    assert (second['method'], second['seeds'], second['knn_std'], second['images_per_s']) == ('a', 1, None, None)
+
+
+def test_tables_and_chart_of_what_was_measured(tmp_path):
+    runs = [Run('random weights', 1, 10.0, 20.0), Run('CGH', 1, 40.0, 50.0, 100.0, 900.0, 'python train.py')]
+    save_tables(summarise(runs), runs, tmp_path)
+    assert '| CGH | 1 | 40.00 | 50.00 | 100 | 900 |' in (tmp_path / 'compare.md').read_text().splitlines()
+    assert [row['linear'] for row in table(tmp_path / 'compare.csv')] == ['20.0', '50.0']
+    assert table(tmp_path / 'runs.csv')[1]['command'] == 'python train.py'
+    pytest.importorskip('matplotlib', reason='drawn by matplotlib')
+    assert save_chart(summarise(runs), tmp_path / 'compare.png') and (tmp_path / 'compare.png').stat().st_size > 5000
+
+
+def test_a_comparison_on_digits_and_its_continuation(tmp_path):
+    pytest.importorskip('lightly', reason='SimCLR is that of the lightly library')
+    done = compare(*DIGITS, '--methods', 'moco', '--output', tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = (tmp_path / 'runs' / 'moco-42' / 'summary.csv').stat().st_mtime_ns
+    done = compare(*DIGITS, '--methods', 'moco', 'simclr', '--output', tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / 'runs' / 'moco-42' / 'summary.csv').stat().st_mtime_ns == before  # what is finished stays
+    rows = table(tmp_path / 'compare.csv')
+    assert [row['method'] for row in rows] == ['random weights', 'MoCo-v2', 'SimCLR']
+    for row, name in zip(rows, ('untrained', 'moco', 'simclr')):
+        found = [json.loads((tmp_path / 'runs' / f'{name}-42' / f'{what}.json').read_text()) for what in ('knn', 'linear')]
+        assert [float(row['knn']), float(row['linear'])] == [results['top1'] for results in found]
+        assert found[0]['val_images'] == found[1]['val_images'] == 364
+    assert float(rows[2]['images_per_s']) > 0 and '| SimCLR | 1 |' in done.stdout
+
+
+def test_bad_options_are_one_line(tmp_path):
+    for options, text in ((['--methods', 'mocov9'], 'mocov9'), (['--epochs', '0'], '--epochs')):
+        done = compare(*DIGITS, *options, '--output', tmp_path / 'out')
+        assert done.returncode == 2 and text in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert not (tmp_path / 'out').exists()
+
+
+def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path):
+    done = compare(*DIGITS, '--methods', 'global', '--track-relations', 'top999', '--output', tmp_path)
+    assert done.returncode == 1 and 'Failed: global-42' in done.stderr and 'top999' in done.stderr
+    assert [row['method'] for row in table(tmp_path / 'compare.csv')] == ['random weights']

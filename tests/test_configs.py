@@ -1,0 +1,82 @@
+"""The recipes in configs/: every file is readable by its script, and says what the paper says."""
+import re
+
+import pytest
+import torch
+import yaml
+
+import train
+from conftest import REPOSITORY
+from test_train import TINY, check_ok, make_images, rows_of
+from test_train import train as run_train
+from timm_cgh.run import build_task, check_view_sizes
+from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
+from timm_cgh.task import CGHTask
+
+RECIPES = sorted(p.name for p in (REPOSITORY / 'configs').glob('*.yaml') if not p.name.startswith('eval_'))
+OF_THE_PAPER = {
+    'imagenet_200.yaml': (1_281_167, 'linear 70.5'),
+    'imagenet_200_pred.yaml': (1_281_167, 'linear 72.3'),
+    'imagenet_multicrop_pred_200.yaml': (1_281_167, 'linear 75.7'),
+    'imagenet_multicrop_pred_400.yaml': (1_281_167, 'linear 76.0'),
+    'tiny_imagenet_400.yaml': (100_000, 'linear 53.8'),
+    'stl10_400.yaml': (105_000, 'linear 92.0'),
+}
+
+
+def settings(name, images=1_281_167):
+    args = train.parser.parse(['--config', str(REPOSITORY / 'configs' / name), '--device', 'cpu'])
+    args.world_size = 1
+    choose_settings(args, images)
+    return args
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_builds_its_task_and_its_views(name):
+    args = settings(name)
+    banks, args.bank_size = args.bank_size, 64  # the size of the banks is the one thing that would take time
+    task, _ = build_task(args)
+    size = resolve_data_config(args, task.student.backbone.pretrained_cfg)['input_size'][-1]
+    views = choose_views(args, size)
+    assert isinstance(task, CGHTask) and task.student.embed_dim == args.embed_dim
+    assert len(views) == 2 + (len(args.multi_crop) - 1 if args.multi_crop else 0) and banks >= 512
+    check_view_sizes(task, views[:1] + views[-1:], args.in_chans)
+
+
+@pytest.mark.parametrize('name', OF_THE_PAPER)
+def test_recipes_of_the_paper_name_its_table_and_hold_its_numbers(name):
+    images, figure = OF_THE_PAPER[name]
+    with open(REPOSITORY / 'configs' / name, encoding='utf-8') as file:
+        text = file.read()
+    heading = ' '.join(line.lstrip('# ') for line in text.splitlines() if line.startswith('#'))
+    assert re.match(r'Tab\. \d', heading) and figure in heading
+    args = settings(name, images)
+    assert (args.temp_student, args.temp_teacher, args.temp_hyper) == (0.1, 0.04, 0.08)
+    assert (args.hidden_dim, args.embed_dim, args.momentum_teacher) == (4096, 512, 0.999)
+    assert (args.batch_size, args.warmup_epochs, args.opt, args.momentum) == (256, 5, 'momentum', 0.9)
+    big = name.startswith('imagenet')
+    assert (args.lr, args.weight_decay) == ((0.05, 1e-4) if big else (0.06, 5e-4))
+    assert args.no_decay_norm_bias == big and args.bank_size == (131072 if big else 16384)
+    assert args.epochs == int(re.search(r'[24]00', name)[0]) and args.predictor == ('pred' in name)
+    assert (args.multi_crop == [224, 192, 160, 128, 96]) == ('multicrop' in name)
+    assert set(yaml.safe_load(text)) <= {action.dest for action in train.parser._actions}
+
+
+def test_the_cifar10_recipe_trains(tmp_path):
+    images = make_images(tmp_path / 'images', size=32)
+    check_ok(run_train('--config', REPOSITORY / 'configs' / 'cifar10.yaml', '--data-dir', images, '--epochs', 6,
+                       '--batch-size', 12, '--bank-size', 24, '--workers', 0, '--output', tmp_path, '--experiment', 'run'))
+    rows = rows_of(tmp_path / 'run')
+    assert len(rows) == 6 and 'train_loss_nce' in rows[0] and not rows[5]['train_loss_nce']  # five epochs of warm-up
+    assert all(torch.isfinite(torch.tensor(float(row['train_loss']))) for row in rows)
+
+
+@pytest.mark.parametrize('options', [
+    ['--method', 'moco'],
+    ['--multi-crop', '16', '12', '12', '--predictor'],
+    ['--multi-crop', '--context', 'global'],
+])
+def test_variants_run_by_command_line(tmp_path, options):
+    images = make_images(tmp_path / 'images')
+    check_ok(run_train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', *options))
+    assert len(rows_of(tmp_path / 'run')) == 2 and (tmp_path / 'run' / 'export' / 'model.safetensors').exists()

@@ -1,0 +1,52 @@
+"""The objective of MoCo-v2, the baseline that learns no relations."""
+from typing import Dict
+
+import torch
+import torch.nn as nn
+
+from timm_cgh.layers import MemoryBank
+
+from .cross_context import Contexts
+from .relation import info_nce
+
+__all__ = ['ContrastLoss']
+
+
+class ContrastLoss(nn.Module):
+    """InfoNCE on the global context alone (MoCo-v2), with the bank of the teacher's embeddings as negatives.
+
+    Args:
+        contrast_temp: temperature
+
+    Raises:
+        ValueError: a temperature that is not positive
+    """
+
+    context = 'global'
+    uses_hypercolumn = False
+
+    def __init__(self, contrast_temp: float = 0.2):
+        super().__init__()
+        if not contrast_temp > 0:
+            raise ValueError(f'contrast_temp must be positive, got {contrast_temp}')
+        self.contrast_temp = contrast_temp
+
+    def forward(
+            self,
+            student: Contexts,
+            teacher: Contexts,
+            banks: Dict[str, MemoryBank],
+            progress: float = 1.0,
+    ) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            student: contexts of one contrastive view (or of several crops), with gradient
+            teacher: contexts of the other contrastive view
+            banks: `global`
+            progress: without meaning here; there is no warm-up
+
+        Returns:
+            scalar, nats: `loss`
+        """
+        return {'loss': info_nce(
+            student.global_embed, teacher.global_embed, banks['global'].embeddings, self.contrast_temp)}

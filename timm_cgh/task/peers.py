@@ -1,0 +1,257 @@
+"""Other self-supervised methods in the same harness, for comparisons: heads and losses of the `lightly` library.
+
+What is not theirs is ours, and the same for all: backbone, views, optimiser, schedule, momentum of the teacher, widths
+of the heads. All of them see two contrastive views of an image and learn from both (2x backprop), CGH from one.
+`pip install 'timm-cgh[peers]'` brings the library; importing this module without it raises ImportError.
+"""
+import copy
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from lightly import loss as losses
+from lightly.models.modules import NNMemoryBankModule, heads
+
+from .momentum import MomentumTask
+
+__all__ = ['PeerEncoder', 'PeerTask', 'create_peer_task']
+
+Outputs = Sequence[Tuple[torch.Tensor, torch.Tensor]]  # (projection, prediction) of either view
+
+
+class PeerEncoder(nn.Module):
+    """timm backbone, projector, and what the student has beyond it.
+
+    Args:
+        backbone: plain timm model
+        projector: (B, d) -> (B, D)
+        predictor: (B, D) -> (B, D'), None for none
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: Optional[nn.Module] = None):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+        self.predictor = predictor
+
+    def forward(self, *views: torch.Tensor) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+        """Per view, projection and prediction (the projection again where there is no predictor); float32."""
+        result = []
+        for view in views:
+            projection = self.projector(self.backbone(view)).float()
+            prediction = projection if self.predictor is None else self.predictor(projection).float()
+            result.append((projection, prediction))
+        return result
+
+
+class PeerTask(MomentumTask):
+    """A method of two symmetric views.
+
+    Args:
+        student: gives (projection, prediction) of each view
+        criterion: the student's outputs and the teacher's projections of both views (None without a teacher) -> loss
+        state: modules of the criterion with buffers (a centre, a bank) that a checkpoint must hold
+        teacher: for the methods that have one
+        momentum: m of Eq. 7
+        device: see `timm.task.TrainingTask`
+    """
+
+    def __init__(
+            self,
+            student: PeerEncoder,
+            criterion: Callable[[Outputs, Optional[List[torch.Tensor]]], torch.Tensor],
+            state: Sequence[nn.Module] = (),
+            teacher: Optional[PeerEncoder] = None,
+            momentum: float = 0.999,
+            device: Optional[torch.device] = None,
+    ):
+        super().__init__(student, teacher, momentum, device=device)
+        self.criterion = criterion
+        self.state = nn.ModuleList(state)
+        self.to(device=self.device, dtype=self.dtype)
+        self.train()
+
+    def forward(
+            self,
+            views: Sequence[torch.Tensor],
+            target: Optional[torch.Tensor] = None,
+            observe: Optional[Callable] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """One step up to the loss.
+
+        Args:
+            views: two contrastive views, (B, C, H, W) normalised images each
+            target, observe: not used
+
+        Returns:
+            `loss` and `std_global`, of the first view's projections (see `CGHTask.forward`)
+
+        Raises:
+            ValueError: not two views
+        """
+        if len(views) != 2:
+            raise ValueError(f'expected two contrastive views, got {len(views)}')
+        targets = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                targets = [projection for projection, _ in self.teacher(*views)]
+        outputs = self.trainable_module(*views)
+        with torch.autocast(views[0].device.type, enabled=False):
+            loss = self.criterion(outputs, targets)
+        with torch.no_grad():
+            mean = F.normalize(outputs[0][0], dim=1).mean(dim=0)
+            return {'loss': loss, 'std_global': (1 - mean.square().sum()).clamp(min=0).sqrt()}
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """All state but the student's backbone."""
+        # not state_dict(): lightly's bank keeps itself out of it
+        return {**super().get_task_state(module, ema), 'criterion': dict(self.state.named_buffers())}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        super().load_task_state(state, strict, module, ema)
+        for name, buffer in self.state.named_buffers():
+            buffer.copy_(state['criterion'][name])
+
+
+class _Options(NamedTuple):
+    """See `create_peer_task`."""
+    hidden_dim: int
+    embed_dim: int
+    bank_size: int
+    prototypes: int
+    temperature: Optional[float]
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _towards(outputs: Outputs, targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Each view's prediction towards the other view's target (BYOL, SimSiam)."""
+    distance = losses.NegativeCosineSimilarity()
+    (_, first), (_, second) = outputs
+    return 0.5 * (distance(first, targets[1].detach()) + distance(second, targets[0].detach()))
+
+
+def _simclr(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
+    contrast = losses.NTXentLoss(options.temperature or 0.5, gather_distributed=_distributed())
+    projector = heads.SimCLRProjectionHead(backbone.head_hidden_size, options.hidden_dim, options.embed_dim)
+    return dict(
+        student=PeerEncoder(backbone, projector),
+        criterion=lambda outputs, _: contrast(outputs[0][0], outputs[1][0]),
+    )
+
+
+def _byol(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
+    hidden, width = options.hidden_dim, options.embed_dim
+    student = PeerEncoder(backbone, heads.BYOLProjectionHead(backbone.head_hidden_size, hidden, width))
+    teacher = copy.deepcopy(student)
+    student.predictor = heads.BYOLPredictionHead(width, hidden, width)
+    return dict(student=student, teacher=teacher, criterion=_towards)
+
+
+def _simsiam(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
+    hidden = options.hidden_dim  # the projection is as wide, and the predictor narrows to a quarter
+    projector = heads.SimSiamProjectionHead(backbone.head_hidden_size, hidden, hidden)
+    return dict(
+        student=PeerEncoder(backbone, projector, heads.SimSiamPredictionHead(hidden, hidden // 4, hidden)),
+        criterion=lambda outputs, _: _towards(outputs, [projection for projection, _ in outputs]),
+    )
+
+
+class _UnitRows(nn.Module):
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=1)
+
+
+def _swav(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
+    swapped = losses.SwaVLoss(options.temperature or 0.1, sinkhorn_gather_distributed=_distributed())
+    projector = heads.SwaVProjectionHead(backbone.head_hidden_size, options.hidden_dim, options.embed_dim)
+    prototypes = heads.SwaVPrototypes(options.embed_dim, options.prototypes)
+    student = PeerEncoder(backbone, nn.Sequential(projector, _UnitRows()), prototypes)
+    student.register_forward_pre_hook(lambda *_: prototypes.normalize())  # once a step: both views use them
+    return dict(
+        student=student,
+        criterion=lambda outputs, _: swapped([scores for _, scores in outputs], []).squeeze(),
+    )
+
+
+def _nnclr(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
+    hidden, width = options.hidden_dim, options.embed_dim
+    contrast = losses.NTXentLoss(options.temperature or 0.1, gather_distributed=_distributed())
+    neighbour = NNMemoryBankModule(size=(options.bank_size, width))
+
+    def criterion(outputs: Outputs, _: Any) -> torch.Tensor:
+        (first, first_prediction), (second, second_prediction) = outputs
+        near_first, near_second = neighbour(first.detach(), update=False), neighbour(second.detach(), update=True)
+        return 0.5 * (contrast(near_first, second_prediction) + contrast(near_second, first_prediction))
+
+    projector = heads.NNCLRProjectionHead(backbone.head_hidden_size, hidden, width)
+    student = PeerEncoder(backbone, projector, heads.NNCLRPredictionHead(width, hidden, width))
+    return dict(student=student, criterion=criterion, state=[neighbour])
+
+
+def _dino(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
+    centred = losses.DINOLoss(options.prototypes)
+    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())  # not with a ViT
+
+    def projector() -> nn.Module:
+        return heads.DINOProjectionHead(
+            backbone.head_hidden_size, options.hidden_dim, options.embed_dim, options.prototypes, batch_norm)
+
+    student = PeerEncoder(backbone, projector())
+    teacher = PeerEncoder(copy.deepcopy(backbone), projector())  # torch cannot copy a weight norm
+    teacher.load_state_dict(student.state_dict())
+    return dict(
+        student=student,
+        teacher=teacher,
+        criterion=lambda outputs, targets: centred(targets, [projection for projection, _ in outputs]),
+        state=[centred],
+    )
+
+
+_METHODS = dict(simclr=_simclr, byol=_byol, simsiam=_simsiam, swav=_swav, nnclr=_nnclr, dino=_dino)
+
+
+def create_peer_task(
+        method: str,
+        backbone: nn.Module,
+        hidden_dim: int = 2048,
+        embed_dim: int = 256,
+        bank_size: int = 65536,
+        momentum: float = 0.996,
+        prototypes: Optional[int] = None,
+        temperature: Optional[float] = None,
+        device: Optional[torch.device] = None,
+) -> PeerTask:
+    """SimCLR, BYOL, SimSiam, SwAV, NNCLR or DINO (two full-size views) around a timm backbone.
+
+    Args:
+        method: `simclr`, `byol`, `simsiam`, `swav`, `nnclr` or `dino`
+        backbone: plain timm model (`num_classes=0`)
+        hidden_dim, embed_dim: widths of the heads; SimSiam's projection is as wide as its hidden layer
+        bank_size: NNCLR's support set
+        momentum: of the teacher of BYOL and DINO; their papers raise it to 1 along training, here it stays
+        prototypes: SwAV's (default an eighth of the bank, at most 3000), or the width of DINO's output (default half of
+            the bank, at most 65536)
+        temperature: of SimCLR (default 0.5), NNCLR (0.1) and SwAV (0.1); DINO's are 0.1 and 0.04
+        device: see `timm.task.TrainingTask`
+
+    Raises:
+        ValueError: no such method
+    """
+    if method not in _METHODS:
+        raise ValueError(f'method must be one of {", ".join(_METHODS)}, got {method!r}')
+    if prototypes is None:
+        prototypes = min(65536, bank_size // 2) if method == 'dino' else min(3000, max(2, bank_size // 8))
+    options = _Options(hidden_dim, embed_dim, bank_size, prototypes, temperature)
+    return PeerTask(**_METHODS[method](backbone, options), momentum=momentum, device=device)

@@ -51,6 +51,7 @@ def main(argv=None):
         args.export,
         folder,
         args.repo_id,
+        revision=args.revision,
         results=args.results,
         dataset=args.dataset,
         license=args.license,

@@ -177,8 +177,9 @@ class Api(Handler):
         if not self.may('write'):
             return
         if repo_id in self.hub.repositories:
-            return self.answer(409, {'error': 'You already created this model repo', 'url': f'{self.hub.url}/{repo_id}'})
-        self.hub.repositories[repo_id] = Repository(wanted.get('visibility') == 'private' or wanted.get('private', False))
+            return self.answer(409, {'error': 'You already created it', 'url': f'{self.hub.url}/{repo_id}'})
+        private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # older clients
+        self.hub.repositories[repo_id] = Repository(private)
         self.answer(200, {'url': f'{self.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id})
 
     def validate(self):
@@ -201,7 +202,7 @@ class Api(Handler):
             repository = self.hub.repositories[repo_id]
             commit = repository.branches.get(revision, revision)
             files = [{'rfilename': name} for name in repository.commits[commit]]
-            self.answer(200, {'id': repo_id, 'sha': commit, 'private': repository.private, 'siblings': files, 'tags': []})
+            self.answer(200, {'id': repo_id, 'sha': commit, 'private': repository.private, 'siblings': files})
 
     def branch(self, repo_id, branch):
         if self.may('write', repo_id):

@@ -55,8 +55,8 @@ def test_torchvisions_own_model_gives_the_same_features(run, name, tmp_path):
 
 
 def detectron2_resnet(weights, x, groups=1):
-    """detectron2's modeling/backbone/resnet.py by the names of its modules: BasicStem, BasicBlock or BottleneckBlock with
-    STRIDE_IN_1X1 False, (frozen) batch norm; the names that it asks for are taken out of `weights`."""
+    """detectron2's modeling/backbone/resnet.py by the names of its modules: BasicStem, BasicBlock or BottleneckBlock
+    with STRIDE_IN_1X1 False, (frozen) batch norm; the names that it asks for are taken out of `weights`."""
     def conv(x, name, stride=1, groups=1):
         kernel = weights.pop(f'{name}.weight')
         x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2, groups=groups)
@@ -116,7 +116,7 @@ def test_onnxruntime_gives_the_same_features(run, name, kwargs, tmp_path):
 
 @pytest.mark.parametrize('name, kwargs, to, output, said', [
     ('test_resnet', {}, 'torchvision', 'm.safetensors', 'torchvision has no test_resnet'),
-    ('resnet18', {'in_chans': 1}, 'detectron2', 'm.pth', "not torchvision's resnet18: the file has another shape for conv1"),
+    ('resnet18', {'in_chans': 1}, 'detectron2', 'm.pth', "not torchvision's resnet18: the file has another shape"),
     ('resnet18', {'output_stride': 8}, 'torchvision', 'm.safetensors', "torchvision's resnet18 gives other features"),
     ('resnet18', {}, 'detectron2', 'm.pkl', '--output m.pkl: must end in .pth'),
     (None, {}, 'onnx', 'm.onnx', 'no config.json there'),

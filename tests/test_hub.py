@@ -74,11 +74,10 @@ def test_registry_entry_is_the_plain_timm_resnet_without_classifier(architecture
     assert torch.equal(model(images), stock(images))
 
 
-def test_registry_entry_promises_no_imagenet_weights():
+def test_registry_entry_promises_no_imagenet_weights(repository):
     cfg = timm.create_model('cgh_resnet18').pretrained_cfg
     assert not any(cfg.get(key) for key in ('url', 'hf_hub_id', 'file', 'test_input_size', 'paper_ids'))
     assert cfg['num_classes'] == 0
-    assert set(timm.list_pretrained('cgh_*')) >= set(pretrained.published())
 
 
 def test_registry_entry_passes_architecture_options_through():
@@ -182,17 +181,19 @@ def test_zip_of_the_repository_lists_explains_and_loads(weights, images, tmp_pat
     code = '''
 import sys
 sys.modules.update(dict.fromkeys(('sklearn', 'matplotlib', 'datasets', 'webdataset', 'onnx', 'pytest')))  # no import
-import torch
+import timm, torch
 hub = dict(trust_repo=True, skip_validation=True)
 names = torch.hub.list('me/timm-cgh:main', **hub)
 assert all('Args:' in torch.hub.help('me/timm-cgh:main', name, **hub) for name in names)
 model = torch.hub.load('me/timm-cgh:main', 'cgh_resnet18', pretrained=True, **hub).eval()
 assert sys.modules['timm_cgh'].__file__.startswith(sys.argv[1])
+assert timm.list_pretrained('cgh_*') == ['cgh_resnet18']
 torch.save((names, model(torch.load(sys.argv[1] + '/images.pt'))), sys.argv[1] + '/out.pt')
 '''
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     env.update(TORCH_HOME=str(tmp_path / 'torch'), HF_HUB_OFFLINE='1')
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, '-c', code, str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     names, features = torch.load(tmp_path / 'out.pt')
     assert names == ['cgh', 'cgh_resnet18', 'cgh_resnet50']

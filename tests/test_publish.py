@@ -3,6 +3,7 @@
 What the client takes from its environment (HF_ENDPOINT, HF_TOKEN, ...) it reads when it is imported: everything that
 talks to the Hub runs in other processes, `hub_client.py` holds one of them ready.
 """
+import ast
 import json
 import os
 import re
@@ -80,11 +81,10 @@ def published(running_hub, run, root):
         'cpu', '--results-file', root / 'knn.json')
     log = run('publish', export, '--repo-id', 'me/digits-resnet18', '--results', root / 'knn.json', '--code',
               'me/timm-cgh')
-    requests, = [list(running_hub.requests)]
     row = re.search(r"'(cgh_resnet18\.\w+)': (\{.*\}),", log)
     return SimpleNamespace(
-        run=root / 'run', export=export, repo_id='me/digits-resnet18', log=log, requests=requests,
-        knn=json.loads((root / 'knn.json').read_text()), key=row[1], row=eval(row[2], {}),
+        run=root / 'run', export=export, repo_id='me/digits-resnet18', log=log, requests=list(running_hub.requests),
+        knn=json.loads((root / 'knn.json').read_text()), key=row[1], row=ast.literal_eval(row[2]),
         card=(root / 'run' / 'hub' / 'README.md').read_text(),
         files=running_hub.repositories['me/digits-resnet18'].commits)
 
@@ -154,13 +154,13 @@ def test_dry_run_writes_the_folder_and_asks_nobody(published, run, hub, root):
     assert 'the file is float16' in (root / 'dry' / 'README.md').read_text()
 
 
-def test_publishing_again_to_a_branch_adds_one_commit_there(published, client, hub):
-    repository = hub.repositories[published.repo_id]
-    before = dict(repository.branches)
-    commit = client(at_client.upload, published.run / 'hub', ['README.md', 'config.json'], published.repo_id, revision='v2')
-    assert repository.branches == {'main': before['main'], 'v2': commit}
-    client(at_client.upload, published.run / 'hub', ['README.md'], published.repo_id)
-    assert repository.branches['main'] == before['main']  # nothing new, no commit
+def test_publishing_again_adds_a_commit_to_its_branch_and_none_where_nothing_is_new(published, client, hub, tmp_path):
+    branches = hub.repositories[published.repo_id].branches
+    before = branches['main']
+    (tmp_path / 'README.md').write_text(published.card + 'More.')
+    commit = client(at_client.upload, tmp_path, ['README.md'], published.repo_id, revision='v2')
+    assert branches == {'main': before, 'v2': commit} and commit != before
+    assert client(at_client.upload, published.run / 'hub', ['README.md'], published.repo_id) == before
 
 
 # ---- every way back
@@ -178,7 +178,8 @@ def test_stock_timm_gives_the_same_features_without_our_package(published, featu
         "assert 'timm_cgh' not in sys.modules",
         f"torch.save(model({at_client.IMAGES}), sys.argv[1])",
     ])
-    done = subprocess.run([sys.executable, '-c', code, root / 'stock.pt'], env=env, cwd=root, capture_output=True, text=True)
+    command = [sys.executable, '-c', code, root / 'stock.pt']
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert hub.seen('GET /objects/') and torch.equal(torch.load(root / 'stock.pt'), features)
 
@@ -188,7 +189,7 @@ def test_registry_name_gives_the_same_features_from_the_pinned_commit(published,
     for name in ('cgh_resnet18', published.key):
         assert torch.equal(client(at_client.features, name, cache_dir=tmp_path), features)
     commit = published.row['hf_hub_id'].split('@')[1]
-    assert [path.split('/')[4] for _, path, _ in hub.seen('HEAD /me/')] == [commit, commit]  # and the second time no request
+    assert [path.split('/')[4] for _, path, _ in hub.seen('HEAD /me/')] == [commit, commit]  # the second time none
 
 
 def test_torch_hub_gives_the_same_features(published, features, client, tmp_path):
@@ -208,7 +209,8 @@ def test_convert_takes_what_is_on_the_hub(published, run, tmp_path):
 def test_options_of_timm_pass_through_the_registry(client, published):
     assert client(at_client.shapes, 'cgh_resnet18', num_classes=7) == [(2, 7)]
     assert client(at_client.shapes, 'cgh_resnet18', in_chans=1, num_classes=0) == [(2, 512)]
-    assert client(at_client.shapes, 'cgh_resnet18', features_only=True, out_indices=(3, 4)) == [(2, 256, 1, 1), (2, 512, 1, 1)]
+    maps = client(at_client.shapes, 'cgh_resnet18', features_only=True, out_indices=(3, 4))
+    assert maps == [(2, 256, 1, 1), (2, 512, 1, 1)]
 
 
 def test_cache_serves_without_the_network(published, features, env, hub, client, tmp_path):
@@ -250,8 +252,8 @@ def test_resuming_what_is_not_there_is_refused_in_one_line(run, published, root)
 
 
 def files_of(cache):
-    return [path for path in Path(cache).rglob('*') if path.is_file() and '.locks' not in path.parts
-            and path.name not in ('CACHEDIR.TAG',) and 'refs' not in path.parts]
+    """Content in a cache of the client: neither its locks nor its notes of what a branch was."""
+    return [path for path in cache.glob('models--*/*/**/*') if path.is_file() and 'refs' not in path.parts]
 
 
 def test_a_connection_that_drops_at_half_the_file_is_taken_up_there(published, client, hub, tmp_path):
@@ -266,8 +268,8 @@ def test_a_connection_that_drops_at_half_the_file_is_taken_up_there(published, c
 @pytest.mark.parametrize('where', ['HEAD /me/.*/resolve', 'GET /objects', 'GET /me/.*/config.json'])
 def test_a_server_that_is_busy_twice_is_asked_again(published, client, hub, tmp_path, where):
     hub.fault(where, 503, times=2)
-    folder = client(at_client.fetch_folder, published.repo_id, cache_dir=tmp_path)
-    assert (Path(folder) / 'model.safetensors').stat().st_size == (published.export / 'model.safetensors').stat().st_size
+    folder = Path(client(at_client.fetch_folder, published.repo_id, cache_dir=tmp_path))
+    assert (folder / 'model.safetensors').read_bytes() == (published.export / 'model.safetensors').read_bytes()
     assert not any(fault[2] for fault in hub.faults)
 
 

@@ -29,6 +29,7 @@ class Facts(NamedTuple):
 
     Args:
         repo_id: `owner/name`
+        revision: branch, None for main
         config: the `config.json`
         args: the run's `args.yaml`
         epochs: that the run has completed
@@ -45,6 +46,7 @@ class Facts(NamedTuple):
         code: `owner/repository` on GitHub, None unknown
     """
     repo_id: str
+    revision: Optional[str]
     config: Dict[str, Any]
     args: Dict[str, Any]
     epochs: int
@@ -92,8 +94,8 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Start', start),
         ('Context', _CONTEXTS[args['context']] + (', with predictors' if args['predictor'] else '')),
         ('Epochs', f'{facts.epochs} of {args["epochs"]}'),
-        ('Batch', f'{args["batch_size"]} images x {facts.processes or "unknown"} processes x '
-                  f'{args["grad_accum_steps"]} accumulated'),
+        ('Batch size', f'{args["batch_size"]} x {facts.processes or "an unknown number of"} processes'),
+        ('Accumulated batches', args['grad_accum_steps']),
         ('Optimiser', f'{args["opt"]}, weight decay {args["weight_decay"]}, {args["sched"]} schedule'),
         ('Learning rate', of('lr', f'{args["lr_base"]} x global batch / {args["lr_base_size"]}')),
         ('Warm-up epochs', of('warmup_epochs', auto)),
@@ -102,7 +104,7 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Temperatures', temps),
         ('Memory bank', of('bank_size', 'an eighth of the images, as a power of two, at most 131072')),
         ('Heads', f'hidden width {args["hidden_dim"]}, embeddings {args["embed_dim"]}'),
-        ('Hypercolumn stages', of('out_indices', 'default')),
+        ('Hypercolumn stages', of('out_indices', 'the last two, of one resolution evenly spaced ones')),
         ('Crops', f'area {args["scale"]}, ratio {[round(r, 3) for r in args["ratio"]]}, flip {args["hflip"]}'),
         ('Jitter', f'{args["color_jitter"]} with probability {args["color_jitter_prob"]}'),
         ('Grey, blur', f'probability {args["grayscale_prob"]}, {args["gaussian_blur_prob"]}'),
@@ -113,7 +115,9 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
 
 def _loading(facts: Facts) -> str:
     """Every door, as code to copy."""
-    architecture, name = facts.config['architecture'], f'hf-hub:{facts.repo_id}'
+    architecture = facts.config['architecture']
+    name = f'hf-hub:{facts.repo_id}' + (f'@{facts.revision}' if facts.revision else '')
+    branch = f', revision={facts.revision!r}' if facts.revision else ''
     mode = 'L' if facts.config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
     parts = [
         'timm, without any other package:' if facts.stock else f'timm, and `timm_cgh`, which registers {architecture}:',
@@ -137,7 +141,7 @@ def _loading(facts: Facts) -> str:
             'from safetensors.torch import load_file',
             f'model = torchvision.models.{architecture}()',
             'model.fc = torch.nn.Identity()',
-            f"model.load_state_dict(load_file(hf_hub_download('{facts.repo_id}', 'model.safetensors')))",
+            f"model.load_state_dict(load_file(hf_hub_download('{facts.repo_id}', 'model.safetensors'{branch})))",
         ])]
     parts += ['Other programs:', _code('bash', [
         f'python -m timm_cgh.hub convert {name} --to {to}' for to in (
@@ -147,7 +151,7 @@ def _loading(facts: Facts) -> str:
         parts += ['Continued pre-training, from the heads, teacher, memory banks and optimiser in `task.safetensors`:']
         data = '' if facts.args['dataset'] == 'digits' else ' --data-dir images/'
         parts += [_code('bash', [
-            f'hf download {facts.repo_id} args.yaml --local-dir .',
+            f'hf download {facts.repo_id} args.yaml --local-dir .' + (branch and f' --revision {facts.revision}'),
             f'python train.py --config args.yaml{data} --epochs {2 * facts.args["epochs"]} --resume {name}',
         ])]
     return '\n\n'.join(parts)
@@ -184,11 +188,11 @@ def _metadata(facts: Facts) -> ModelCardData:
             dataset_type=figure.dataset.lower(),
             dataset_name=figure.dataset,
             metric_type='accuracy',
-            metric_value=value,
+            metric_value=round(value, 4),
             metric_name=f'{figure.name}, {top}',
             metric_args=figure.settings,
         )
-        for figure in facts.figures
+        for figure in facts.figures if figure.own
         for top, value in (('top-1', figure.top1), ('top-5', figure.top5)) if value is not None
     ]
     return ModelCardData(

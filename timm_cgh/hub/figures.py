@@ -19,6 +19,7 @@ class Figure(NamedTuple):
         top1, top5: percent; no top5 where it was not measured
         protocol: all that a reader needs to measure it again
         settings: the same for machines
+        own: of the weights in question, not of random ones to compare with
     """
     name: str
     dataset: str
@@ -26,6 +27,7 @@ class Figure(NamedTuple):
     top5: Optional[float]
     protocol: str
     settings: Dict[str, Any]
+    own: bool = True
 
 
 _VOTE = 'vote of the k nearest images by cosine similarity of the frozen features, weighted by exp(similarity / {:g})'
@@ -64,7 +66,7 @@ def monitor_figures(
     settings = dict(epoch=epoch, temperature=0.07, images=args['knn_images'])
     figures = [Figure(f'kNN after epoch {epoch}', dataset, float(row['eval_knn']), None, protocol, settings)]
     if untrained is not None:
-        figures.append(Figure('kNN before training', dataset, untrained, None, 'the same', dict(settings, epoch=0)))
+        figures.append(Figure('kNN before training', dataset, untrained, None, 'as above', {}, own=False))
     return figures
 
 
@@ -130,13 +132,15 @@ def read_figure(path: Union[str, Path], architecture: str, export: Path) -> Figu
             f'{results["num_classes"]} classes to judge by (split {results.get("val_split", "not recorded")}); '
             f'{results["img_size"]} px, {100 * results["crop_pct"]:g} % centre crop, {results["interpolation"]}')
         keys += ('train_images', 'val_images', 'num_classes', 'img_size', 'crop_pct')
+        own = results.get('weights') != 'random'
         return Figure(
-            name + (', random weights' if results.get('weights') == 'random' else ''),
+            name if own else f'{name}, random weights',
             str(results.get('dataset', 'not recorded')),
             float(results['top1']),
             results.get('top5'),
             f'{protocol}; {images}',
             {key: results[key] for key in keys},
+            own,
         )
     except InputError as error:
         raise InputError(f'--results {path}: {error}') from error

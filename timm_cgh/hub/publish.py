@@ -103,6 +103,7 @@ def write_folder(
         export: Union[str, Path],
         folder: Union[str, Path],
         repo_id: str,
+        revision: Optional[str] = None,
         results: Sequence[str] = (),
         dataset: Optional[str] = None,
         license: str = 'apache-2.0',
@@ -117,6 +118,7 @@ def write_folder(
         export: the run's `export/`, beside its `args.yaml` and `summary.csv`
         folder: to write to, made if absent
         repo_id: `owner/name`
+        revision: branch that it goes to; default main
         results: JSON files of the evaluation scripts
         dataset: what the card calls the training images; default as `args.yaml` has it
         license: of the weights, the Hub's identifier
@@ -147,6 +149,7 @@ def write_folder(
     config['pretrained_cfg'].update(license=license, paper_name=PAPER)
     facts = Facts(
         repo_id=repo_id,
+        revision=revision,
         config=config,
         args=args,
         epochs=len(rows),
@@ -179,7 +182,7 @@ def table_row(facts: Facts, commit: str) -> str:
         'sha256': facts.sha256,
         **{name: tuple(cfg[name]) for name in ('input_size', 'mean', 'std')},
         **{name: cfg[name] for name in ('interpolation', 'crop_pct')},
-        'metrics': {f'{figure.name}, {figure.dataset}': round(figure.top1, 2) for figure in facts.figures},
+        'metrics': {f'{f.name}, {f.dataset}': round(f.top1, 2) for f in facts.figures if f.own},
     }
     return f"'cgh_{facts.config['architecture']}.{cfg['tag']}': {row},"
 

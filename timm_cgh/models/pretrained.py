@@ -19,7 +19,8 @@ __all__ = ['CHECKPOINTS', 'published']
 #   sha256     of its model.safetensors
 #   metrics    figure (its protocol is in the card) -> top-1 in percent
 #   what differs from _cfg(): input_size, mean, std, interpolation, crop_pct
-# A folder weights/<key>/ of the repository (config.json, model.safetensors) goes before the row, and needs none.
+# A folder weights/<key>/ of the repository goes before the row, and needs none:
+#   publish.py RUN/export --repo-id OWNER/<key> --float16 --dry-run --output weights/<key>
 CHECKPOINTS: Dict[str, Dict[str, Any]] = {}
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # where the package is not installed without its repository

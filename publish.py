@@ -81,6 +81,5 @@ def cli(argv=None):
     return parser.run(main, argv)
 
 
-
 if __name__ == '__main__':
     sys.exit(cli())

@@ -232,7 +232,7 @@ def test_pre_training_goes_on_from_the_hub_as_from_the_file(run, root, hub):
     assert kept['hidden_dim'] == 8 and not {'output', 'experiment', 'data_dir', 'device'} & kept.keys()
     more = ['--config', root / 'first' / 'hub' / 'args.yaml', '--epochs', 2, '--output', root, '--workers', 0]
     log = run('train', *more, '--resume', 'hf-hub:me/tiny', '--experiment', 'by_hub')
-    assert 'at epoch 1, batch 0' in log and WRITER not in log
+    assert 'at epoch 1, batch 0' in log and WRITER not in log and 'signature=' not in log
     run('train', *more, '--resume', root / 'first' / 'last.pth.tar', '--experiment', 'by_file')
     by_hub, by_file = (read_checkpoint(str(root / name / 'last.pth.tar')) for name in ('by_hub', 'by_file'))
     for part in ('heads', 'teacher', 'banks'):

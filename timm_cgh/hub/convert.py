@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Union
 
@@ -111,6 +112,8 @@ def to_detectron2(model: nn.Module, path: Path) -> str:
 
 def to_onnx(model: nn.Module, path: Path) -> str:
     """ONNX by torch's exporter, any batch size, with the input configuration as JSON under `input_config`."""
+    if find_spec('onnxscript') is None:
+        raise InputError('--to onnx: needs two packages, pip install onnx onnxscript')
     images = torch.zeros(2, *model.pretrained_cfg['input_size'])
     program = torch.onnx.export(
         model,

@@ -30,7 +30,7 @@ from timm_cgh.eval.knn import best_knn, chunk_size, knn_predict, nearest_neighbo
 from timm_cgh.eval.pictures import save_class_accuracy, save_retrieval_grid
 from timm_cgh.eval.setup import (
     add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
-    write_results)
+    what_is_judged, write_results)
 from timm_cgh.files import atomic_path
 
 _logger = logging.getLogger('eval')
@@ -57,8 +57,6 @@ def choose_ks(ks, images):
 
 def save_features(folder, names, **splits):
     """`<split>.safetensors` of `features` (N, D) float32 and `labels` (N,) int64."""
-    umask = os.umask(0)
-    os.umask(umask)
     with blame('--save-features', folder):
         os.makedirs(folder, exist_ok=True)
         for split, (features, labels) in splits.items():
@@ -68,7 +66,6 @@ def save_features(folder, names, **splits):
                     path,
                     metadata=dict(class_names=json.dumps(names)) if names else None,
                 )
-                os.chmod(path, 0o666 & ~umask)  # safetensors' files are readable by their owner only
 
 
 def save_retrieval(args, train_set, val_set, train, val, names):
@@ -136,7 +133,7 @@ def main(argv=None):
                 save_retrieval(args, train_set, val_set, train, val, names)
     size = data_config['input_size'][-1]
     write_results(args, dict(
-        model=args.model,
+        **what_is_judged(args),
         protocol='knn',
         top1=round(top1, 4),
         top1_err=round(100 - top1, 4),

@@ -30,7 +30,7 @@ from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate
 from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
 from timm_cgh.eval.setup import (
     add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
-    write_results)
+    what_is_judged, write_results)
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
 
@@ -195,7 +195,7 @@ def main(argv=None):
     size = min(data_config['input_size'][1:])
     protocol = 'linear, cached features' if args.cache_features else 'linear'
     report = dict(
-        model=args.model,
+        **what_is_judged(args),
         protocol=protocol,
         top1=round(best['top1'], 4),
         top1_err=round(100 - best['top1'], 4),

@@ -34,7 +34,7 @@ from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
 from timm_cgh.eval.semisup import Logits, balanced_subset, listed_subset, param_groups
 from timm_cgh.eval.setup import (
     add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
-    write_results)
+    what_is_judged, write_results)
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
 
@@ -234,7 +234,7 @@ def main(argv=None):
     top1, top5 = top_accuracy(logits, val_labels)
     size = min(data_config['input_size'][1:])
     report = dict(
-        model=args.model,
+        **what_is_judged(args),
         protocol='semi-supervised',
         top1=round(top1, 4),
         top1_err=round(100 - top1, 4),

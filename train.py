@@ -149,7 +149,7 @@ group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='nor
 group = parser.add_argument_group('Run')
 group.add_argument('--output', default=os.path.join('output', 'train'), metavar='DIR')
 group.add_argument('--experiment', default='', metavar='NAME', help='folder of the run; default: time, model and size')
-group.add_argument('--resume', metavar='FILE|auto', help="auto: --experiment's newest checkpoint, or a fresh start")
+group.add_argument('--resume', metavar='FILE|auto', help="auto: --experiment's newest, or afresh; or hf-hub:OWNER/NAME")
 group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N', help='kept beside last and best')
 group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
                    help='batches between recovery checkpoints, 0 for none')

@@ -1,5 +1,11 @@
-import importlib.util
-from pathlib import Path
+"""torch.hub and registry entry points without any network: weights in files, folders, the repository itself."""
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -7,13 +13,12 @@ import timm
 import torch
 from timm.models import save_for_hf
 
+from conftest import REPOSITORY
 from timm_cgh.models import pretrained
-
-ROOT = str(Path(__file__).parents[1])
 
 
 def hub(name, **kwargs):
-    return torch.hub.load(ROOT, name, source='local', **kwargs)
+    return torch.hub.load(str(REPOSITORY), name, source='local', **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -39,6 +44,26 @@ def export(trained, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository in which nothing is published yet."""
+    (tmp_path / 'hubconf.py').touch()
+    monkeypatch.setattr(pretrained, 'REPOSITORY', tmp_path)
+    monkeypatch.setattr(pretrained, 'CHECKPOINTS', {})
+    return tmp_path
+
+
+@pytest.fixture
+def weights(repository, export):
+    """weights/cgh_resnet18/ of that repository, in float16; and what its tensors are in float32."""
+    folder = repository / 'weights' / 'cgh_resnet18'
+    shutil.copytree(export, folder)
+    state = safetensors.torch.load_file(export / 'model.safetensors')
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    safetensors.torch.save_file(half, folder / 'model.safetensors')
+    return folder, {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
+
+
 @pytest.mark.parametrize('architecture', ('resnet18', 'resnet50'))
 def test_registry_entry_is_the_plain_timm_resnet_without_classifier(architecture, images):
     model = timm.create_model(f'cgh_{architecture}').eval()
@@ -49,11 +74,10 @@ def test_registry_entry_is_the_plain_timm_resnet_without_classifier(architecture
     assert torch.equal(model(images), stock(images))
 
 
-def test_registry_entry_promises_no_imagenet_weights():
+def test_registry_entry_promises_no_imagenet_weights(repository):
     cfg = timm.create_model('cgh_resnet18').pretrained_cfg
     assert not any(cfg.get(key) for key in ('url', 'hf_hub_id', 'file', 'test_input_size', 'paper_ids'))
     assert cfg['num_classes'] == 0
-    assert not timm.list_pretrained('cgh_*')
 
 
 def test_registry_entry_passes_architecture_options_through():
@@ -64,29 +88,75 @@ def test_registry_entry_passes_architecture_options_through():
 
 
 @pytest.mark.parametrize('name', ('cgh_resnet18', 'cgh_resnet50'))
-def test_pretrained_says_in_one_line_that_no_checkpoint_is_published(name):
+def test_pretrained_says_in_one_line_what_exists_and_how_to_train_one(name, repository):
+    architecture = name.removeprefix('cgh_')
     for create in (timm.create_model, hub):
-        with pytest.raises(RuntimeError, match=f'No CGH checkpoint is published for {name} yet.*export') as error:
+        with pytest.raises(RuntimeError, match=f'No CGH checkpoint is published for {name} yet.*<run>/export') as error:
             create(name, pretrained=True)
-        assert '\n' not in str(error.value)
+        message = str(error.value)
+        assert '\n' not in message and 'there is: none of any' in message and f'--model {architecture}' in message
 
 
-def test_unknown_checkpoint_tag_is_refused():
-    with pytest.raises(RuntimeError, match="tagged 'in1k'"):
+def test_pretrained_names_the_checkpoints_of_other_architectures(weights):
+    with pytest.raises(RuntimeError, match='published for cgh_resnet50 yet .there is: cgh_resnet18.'):
+        timm.create_model('cgh_resnet50', pretrained=True)
+
+
+def test_unknown_checkpoint_tag_is_refused(weights):
+    with pytest.raises(RuntimeError, match="no checkpoint tagged 'in1k', there are: .*cgh_resnet18"):
         timm.create_model('cgh_resnet18.in1k')
 
 
-def test_a_row_of_the_table_is_all_that_a_checkpoint_needs(trained, images, tmp_path, monkeypatch):
-    file = tmp_path / 'weights.safetensors'
-    safetensors.torch.save_file(trained.state_dict(), file)
-    monkeypatch.setitem(pretrained.CHECKPOINTS, 'cgh_resnet18.first', {'file': str(file)})
+def test_every_row_pins_commit_and_content():
+    for key, row in pretrained.CHECKPOINTS.items():
+        repo_id, _, commit = row['hf_hub_id'].partition('@')
+        assert key.startswith('cgh_') and repo_id.count('/') == 1 and row['metrics']
+        assert len(bytes.fromhex(commit)) == 20 and len(bytes.fromhex(row['sha256'])) == 32
+
+
+def test_every_folder_of_weights_is_whole_and_loads():
+    for key in pretrained._folders():
+        assert timm.create_model(key, pretrained=True).pretrained_cfg['architecture'] == key.split('.')[0][4:]
+
+
+def test_float16_weights_in_the_repository_load_into_a_float32_model(weights, images):
+    _, state = weights
+    stock = timm.create_model('resnet18', num_classes=0).eval()
+    stock.load_state_dict(state)
+    for create in (timm.create_model, hub):
+        model = create('cgh_resnet18', pretrained=True).eval()
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert torch.equal(model(images), stock(images))
+    classifier = timm.create_model('cgh_resnet18', pretrained=True, num_classes=4, in_chans=1).eval()
+    assert classifier(images[:, :1]).shape == (2, 4)
+    maps = timm.create_model('cgh_resnet18', pretrained=True, features_only=True, out_indices=(4,)).eval()(images)
+    torch.testing.assert_close(maps[0].mean(dim=(2, 3)), stock(images))
+
+
+def test_folder_of_a_tag_is_that_checkpoint(weights):
+    folder, _ = weights
+    folder.rename(folder.with_name('cgh_resnet18.first'))
+    assert pretrained.published('cgh_resnet18') == ['cgh_resnet18.first']
     for name in ('cgh_resnet18', 'cgh_resnet18.first'):
-        model = timm.create_model(name, pretrained=True).eval()
-        assert torch.equal(model(images), trained(images))
-        assert model.pretrained_cfg['tag'] == 'first'
-    classifier = timm.create_model('cgh_resnet18', pretrained=True, num_classes=4).eval()
-    assert torch.equal(classifier.forward_head(classifier.forward_features(images), pre_logits=True), trained(images))
-    assert classifier(images).shape == (2, 4)
+        assert timm.create_model(name, pretrained=True).pretrained_cfg['file'].endswith('cgh_resnet18.first')
+
+
+def test_folder_is_compared_with_the_hash_of_its_row(weights):
+    folder, _ = weights
+    digest = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+    pretrained.CHECKPOINTS['cgh_resnet18'] = {'hf_hub_id': f"me/cgh@{'0' * 40}", 'sha256': digest}
+    assert timm.create_model('cgh_resnet18', pretrained=True).num_features == 512
+    pretrained.CHECKPOINTS['cgh_resnet18']['sha256'] = '0' * 64
+    with pytest.raises(RuntimeError, match='has the hash') as error:
+        timm.create_model('cgh_resnet18', pretrained=True)
+    assert '\n' not in str(error.value)
+
+
+def test_folder_of_another_architecture_is_refused(weights):
+    folder, _ = weights
+    folder.rename(folder.with_name('cgh_resnet50'))
+    with pytest.raises(RuntimeError, match='holds a resnet18, not a resnet50'):
+        timm.create_model('cgh_resnet50', pretrained=True)
 
 
 def test_own_weights_load_the_way_timm_loads_them(trained, images, tmp_path):
@@ -96,13 +166,40 @@ def test_own_weights_load_the_way_timm_loads_them(trained, images, tmp_path):
     assert torch.equal(model(images), trained(images))
 
 
-def test_hub_lists_and_explains_exactly_the_entry_points():
-    spec = importlib.util.spec_from_file_location('hubconf', Path(ROOT) / 'hubconf.py')
-    hubconf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hubconf)  # torch.hub.list and torch.hub.help read it from GitHub only, by the same rule
-    listed = {name: f for name, f in vars(hubconf).items() if callable(f) and not name.startswith('_')}
-    assert sorted(listed) == ['cgh', 'cgh_resnet18', 'cgh_resnet50']
-    assert all('Args:' in f.__doc__ for f in listed.values())
+def test_zip_of_the_repository_lists_explains_and_loads(weights, images, tmp_path):
+    """What torch.hub does with GitHub's zip, once it is unpacked where it keeps them; with no more than the stated
+    dependencies, in a process that has no other timm_cgh in its path."""
+    folder, state = weights
+    with zipfile.ZipFile(tmp_path / 'main.zip', 'w') as archive:
+        for path in [REPOSITORY / 'hubconf.py', *(REPOSITORY / 'timm_cgh').rglob('*.py')]:
+            archive.write(path, path.relative_to(REPOSITORY))
+        for path in folder.iterdir():
+            archive.write(path, path.relative_to(tmp_path))
+    with zipfile.ZipFile(tmp_path / 'main.zip') as archive:
+        archive.extractall(tmp_path / 'torch' / 'hub' / 'me_timm-cgh_main')
+    torch.save(images, tmp_path / 'images.pt')
+    code = '''
+import sys
+sys.modules.update(dict.fromkeys(('sklearn', 'matplotlib', 'datasets', 'webdataset', 'onnx', 'pytest')))  # no import
+import timm, torch
+hub = dict(trust_repo=True, skip_validation=True)
+names = torch.hub.list('me/timm-cgh:main', **hub)
+assert all('Args:' in torch.hub.help('me/timm-cgh:main', name, **hub) for name in names)
+model = torch.hub.load('me/timm-cgh:main', 'cgh_resnet18', pretrained=True, **hub).eval()
+assert sys.modules['timm_cgh'].__file__.startswith(sys.argv[1])
+assert timm.list_pretrained('cgh_*') == ['cgh_resnet18']
+torch.save((names, model(torch.load(sys.argv[1] + '/images.pt'))), sys.argv[1] + '/out.pt')
+'''
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    env.update(TORCH_HOME=str(tmp_path / 'torch'), HF_HUB_OFFLINE='1')
+    command = [sys.executable, '-c', code, str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names, features = torch.load(tmp_path / 'out.pt')
+    assert names == ['cgh', 'cgh_resnet18', 'cgh_resnet50']
+    stock = timm.create_model('resnet18', num_classes=0).eval()
+    stock.load_state_dict(state)
+    torch.testing.assert_close(features, stock(images))
 
 
 def test_hub_builds_any_timm_model():
@@ -138,11 +235,60 @@ def test_hub_unpickles_nothing_but_tensors(tmp_path):
 
 
 def test_hub_names_what_is_wrong_with_a_checkpoint(export, tmp_path):
-    with pytest.raises(ValueError, match="holds a resnet18.*not 'resnet34'"):
+    with pytest.raises(RuntimeError, match='holds a resnet18, not a resnet34'):
         hub('cgh', backbone='resnet34', checkpoint=export)
     with pytest.raises(FileNotFoundError, match='does not exist'):
         hub('cgh', checkpoint=tmp_path / 'absent.safetensors')
     with pytest.raises(FileNotFoundError, match='config.json'):
         hub('cgh', checkpoint=tmp_path)
-    with pytest.raises(RuntimeError, match='layer'):
+    with pytest.raises(RuntimeError, match='the file lacks layer1.2.bn1.bias'):
         hub('cgh', backbone='resnet34', checkpoint=export / 'model.safetensors')
+
+
+def truncated(folder):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without(name):
+    def change(folder):
+        state = safetensors.torch.load_file(folder / 'model.safetensors')
+        state.pop(name)
+        safetensors.torch.save_file(state, folder / 'model.safetensors')
+    return change
+
+
+def with_tensor(name, shape):
+    def change(folder):
+        state = safetensors.torch.load_file(folder / 'model.safetensors')
+        safetensors.torch.save_file({**state, name: torch.zeros(shape)}, folder / 'model.safetensors')
+    return change
+
+
+def with_config(**changes):
+    def change(folder):
+        config = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps({**config, **changes}))
+    return change
+
+
+@pytest.mark.parametrize('options', [{}, {'num_classes': 5}, {'features_only': True}], ids=str)
+@pytest.mark.parametrize('spoil, said', [
+    (truncated, 'is not a whole safetensors file'),
+    (without('layer4.1.bn2.running_var'), 'the file lacks layer4.1.bn2.running_var'),
+    (with_tensor('extra', 1), 'the model has no place for extra'),
+    (with_tensor('bn1.weight', 3), 'the file has another shape for bn1.weight'),
+    (with_config(architecture='resnet34'), 'holds a resnet34, not a resnet18|no weights of a resnet34'),
+    (with_config(model_args={'no_such': 1}), 'describes no model that timm can build'),
+    (lambda folder: (folder / 'config.json').write_text('{'), 'not the configuration of a timm model'),
+    (lambda folder: (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin'), 'has no model.safetensors'),
+])
+def test_broken_folders_are_refused_in_one_line_through_every_door(spoil, said, options, weights):
+    folder, _ = weights
+    spoil(folder)
+    for door in (lambda: timm.create_model('cgh_resnet18', pretrained=True, **options),
+                 lambda: hub('cgh_resnet18', pretrained=True, **options),
+                 lambda: hub('cgh', checkpoint=folder, **options)):
+        with pytest.raises((RuntimeError, FileNotFoundError), match=said) as error:
+            door()
+        assert '\n' not in str(error.value)

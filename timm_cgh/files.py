@@ -26,6 +26,9 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
     temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield temp
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temp, 0o666 & ~umask)  # some writers (safetensors) make theirs readable by the owner only
         os.replace(temp, path)  # the same folder, hence the same file system: atomic
     finally:
         temp.unlink(missing_ok=True)

@@ -23,7 +23,8 @@ from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, 
 from timm_cgh.hub import export_backbone, load_weights
 from timm_cgh.models import create_backbone
 from timm_cgh.report import save_curves
-from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task, find_resume, read_checkpoint
+from timm_cgh.task import (
+    PEERS, CGHTask, MomentumTask, create_task, find_resume, local_checkpoint, read_checkpoint)
 
 __all__ = [
     'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
@@ -143,7 +144,7 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
         dist.broadcast_object_list(names, src=0)
         name, = names
     folder = os.path.join(args.output, name)
-    resume = find_resume(folder) if args.resume == 'auto' else args.resume
+    resume = find_resume(folder) if args.resume == 'auto' else local_checkpoint(args.resume)
     if not args.resume and os.path.exists(os.path.join(folder, 'last.pth.tar')):
         raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
     try:
@@ -173,7 +174,7 @@ def restore(
         optimizer.load_state_dict(state['optimizer'])
         if scaler is not None and scaler.state_dict_key in state:
             scaler.load_state_dict(state[scaler.state_dict_key])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split())[:160]
         raise InputError(
             f"--resume {path}: a checkpoint of '{state.get('arch')}' that does not fit --model {args.model} and the "

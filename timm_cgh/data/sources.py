@@ -1,5 +1,6 @@
 """Where images come from: timm's data sets, torchvision's STL-10, the embedded digits."""
 import os
+import re
 from typing import Any, Dict, List, Optional, Union
 
 from timm.data import IterableImageDataset, create_dataset
@@ -10,7 +11,7 @@ from timm_cgh.errors import InputError
 from .digits import Digits
 from .shards import ShardReader
 
-__all__ = ['find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'prefix_of']
+__all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'prefix_of']
 
 _PACKAGES = {
     'torch': 'torchvision', 'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets'}
@@ -49,6 +50,24 @@ def num_images(dataset: Dataset) -> int:
 def prefix_of(name: str) -> str:
     """`hfds` of `hfds/owner/name`; empty for a folder, a tar and the digits."""
     return name.partition('/')[0].lower() if '/' in name else ''
+
+
+def data_name(name: str, root: Optional[str]) -> str:
+    """What to call a data set on paper: `cifar10` of `torch/cifar10`, `owner/name` of the Hub's, else the folder's name.
+
+    Nothing of where it lies stays, and nothing that is no name: shards may be read by a command with a login in it.
+
+    Args:
+        name, root: `--dataset` and `--data-dir`
+    """
+    prefix = prefix_of(name)
+    parts = [p for p in ((name.partition('/')[2] if prefix in _PACKAGES else name) or root or '').split('/') if p]
+    while len(parts) > 1 and parts[-1].lower() in _SYNONYMS[0]:
+        parts.pop()
+    if not (prefix in ('hfds', 'hfids') and len(parts) == 2 and parts[0].strip('.~')):
+        parts = parts[-1:]
+    text = '/'.join(parts)
+    return text if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', text) and text.strip('.') else 'images'
 
 
 def find_split_folder(root: str, split: str) -> Optional[str]:

@@ -14,7 +14,7 @@ from timm import utils
 from torch.utils.data import Dataset, Subset
 
 from timm_cgh.arguments import Parser, at_least_one, natural, positive
-from timm_cgh.data import ImageSubset, image_mode, is_stream, labels_of, open_dataset
+from timm_cgh.data import ImageSubset, data_name, image_mode, is_stream, labels_of, open_dataset
 from timm_cgh.data.sources import find_split_folder
 from timm_cgh.errors import InputError, blame
 from timm_cgh.files import atomic_write
@@ -24,7 +24,7 @@ from .extract import extract_distributed
 
 __all__ = [
     'add_common_arguments', 'check_classes', 'end_run', 'extract_distributed', 'init_run', 'load_backbone',
-    'open_labelled', 'write_results',
+    'open_labelled', 'what_is_judged', 'write_results',
 ]
 
 _logger = logging.getLogger('eval')
@@ -169,6 +169,20 @@ def check_classes(train: Dataset, val: Dataset) -> int:
     if moved is not None:
         raise InputError(f'--val-split: {moved} is another number there than in training, give --class-map')
     return int(classes[-1]) + 1
+
+
+def what_is_judged(args: argparse.Namespace) -> Dict[str, str]:
+    """First entries of every result: the model, where its weights are from, and on what data."""
+    if args.checkpoint:
+        weights = os.path.basename(args.checkpoint) + (', teacher' if args.teacher else '')
+    else:
+        weights = 'random' if args.no_pretrained else 'its own'
+    return dict(
+        model=args.model,
+        weights=weights,
+        dataset=data_name(args.dataset, args.data_dir),
+        val_split=args.val_split,
+    )
 
 
 def _flat(values: Dict[str, Any], prefix: str = '') -> Iterator[Tuple[str, Any]]:

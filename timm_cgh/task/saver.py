@@ -12,6 +12,7 @@ from timm.utils.model import unwrap_model
 from timm_cgh.errors import InputError
 
 from .cgh import CGHTask
+from .portable import read_portable
 
 __all__ = ['RunSaver', 'find_resume', 'read_checkpoint']
 
@@ -19,7 +20,7 @@ _logger = logging.getLogger('train')
 
 
 def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
-    """A checkpoint of a pre-training run, by `torch.load(weights_only=True)`.
+    """A checkpoint of a pre-training run, by `torch.load(weights_only=True)`; or one as safetensors, from the Hub.
 
     Raises:
         InputError: no such file, not readable, or not a checkpoint of a pre-training run; one line naming the file
@@ -27,8 +28,11 @@ def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
     if not os.path.isfile(path):
         raise InputError(f'--resume {path}: no such file')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        if path.endswith('.safetensors'):
+            state = read_portable(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a broken or foreign file may make the reader raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f'--resume {path}: not a readable checkpoint ({reason[:200]})') from error

@@ -10,11 +10,11 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Union
 import timm
 import torch
 import torch.nn as nn
-from timm.models import load_state_dict, save_for_hf
+from timm.models import save_for_hf
 
 from timm_cgh.models import is_features_only
 
-__all__ = ['export_backbone', 'load_weights', 'plain_backbone']
+__all__ = ['export_backbone', 'plain_backbone']
 
 # what timm records of the architecture's ImageNet checkpoint and what is not true of ours
 _FOREIGN_KEYS = (
@@ -111,32 +111,3 @@ def export_backbone(
         for name in ('model.safetensors', 'config.json'):
             os.replace(Path(scratch) / name, folder / name)
     return folder
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint file into a backbone; the classifier of the file, if any, is left out.
-
-    Args:
-        model: timm model with `num_classes=0`, or a `features_only` wrapper with a checkpoint under its own names
-        path: safetensors, or a torch file that `weights_only=True` reads
-
-    Raises:
-        FileNotFoundError: no such file
-        RuntimeError: not readable, or tensors that do not fit; names the first of them
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError('no such file')
-    state = load_state_dict(path)
-    classifiers = model.pretrained_cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    wanted = model.state_dict()
-    state = {k: v for k, v in state.items() if k in wanted or not k.startswith(tuple(f'{c}.' for c in classifiers))}
-    for kind, names in (
-            ('lacks', wanted.keys() - state.keys()),
-            ('has no place for', state.keys() - wanted.keys()),
-            ('has another shape for', [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]),
-    ):
-        if names:
-            where = 'the model' if kind == 'has no place for' else 'the file'
-            raise RuntimeError(f'{where} {kind} {sorted(names)[0]} ({len(names)} such tensors)')
-    model.load_state_dict(state)

@@ -1,0 +1,84 @@
+"""What tests ask of a process whose environment points the Hub's client at tests/hub_server.py."""
+import contextlib
+import importlib
+import io
+import logging
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from unittest import mock
+
+import timm
+import torch
+from huggingface_hub import ModelCard
+
+from conftest import REPOSITORY
+
+import timm_cgh  # noqa: F401  registers its models
+from timm_cgh.download import fetch, fetch_folder  # noqa: F401  called by the tests
+from timm_cgh.hub.publish import upload  # noqa: F401
+from timm_cgh.models import pretrained
+
+IMAGES = 'torch.linspace(-2, 2, 2 * 3 * 16 * 16).view(2, 3, 16, 16)'
+
+
+@contextmanager
+def process(env):
+    """`call(function, *args, **kwargs)` in one process with the environment; exceptions come back."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        with mock.patch.dict(os.environ, env, clear=True):
+            pool.submit(os.getpid).result()  # starts it
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+def set_token(token):
+    before = os.environ.pop('HF_TOKEN', '')
+    if token:
+        os.environ['HF_TOKEN'] = token
+    return before
+
+
+@contextmanager
+def token(call, value):
+    """Another login for a while, none if empty."""
+    before = call(set_token, value)
+    try:
+        yield
+    finally:
+        call(set_token, before)
+
+
+def run(script, *args):
+    """Exit code and output of a root script, run in this process as `main` is."""
+    with io.StringIO() as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = importlib.import_module(script).cli([str(a) for a in args])
+        except SystemExit as stop:
+            code = stop.code
+        logging.getLogger().handlers.clear()  # they write to this output
+        return code, output.getvalue()
+
+
+@torch.no_grad()
+def features(name, **kwargs):
+    return timm.create_model(name, pretrained=True, **kwargs).eval()(eval(IMAGES))
+
+
+@torch.no_grad()
+def shapes(name, in_chans=3, **kwargs):
+    output = timm.create_model(name, pretrained=True, in_chans=in_chans, **kwargs).eval()(eval(IMAGES)[:, :in_chans])
+    return [tuple(o.shape) for o in (output if isinstance(output, list) else [output])]
+
+
+@torch.no_grad()
+def torch_hub_features(name, **kwargs):
+    return torch.hub.load(str(REPOSITORY), name, source='local', **kwargs).eval()(eval(IMAGES))
+
+
+def add_row(key, row):
+    pretrained.CHECKPOINTS[key] = row
+
+
+def validate(card):
+    ModelCard(card).validate()

@@ -1,0 +1,211 @@
+"""What publish.py writes before anything is sent: folder, card, arguments, the state of the pre-training."""
+import importlib
+import json
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from timm_cgh.data import data_name
+from timm_cgh.errors import InputError
+from timm_cgh.hub import export_backbone
+from timm_cgh.hub.publish import check_repo_id, portable_args, read_args, write_folder
+from timm_cgh.models import create_backbone
+from timm_cgh.task.portable import read_portable, write_portable
+
+CONFIG = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.2,) * 3)
+TOKEN = 'hf_abcdefghijklmnopqrstuvwxyz'
+KNN = dict(protocol='knn', top1=61.5, k=20, knn={'10': 61.0, '20': 61.5}, temperature=0.07, num_classes=3,
+           train_images=50, val_images=40, img_size=32, crop_pct=1.0, interpolation='bilinear', weights='its own',
+           dataset='cifar10', val_split='test')
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder, as train.py leaves it, of whatever arguments and architecture: `run(model, **arguments)`."""
+    def make(model='test_resnet', **changes):
+        train = importlib.import_module('train')
+        args = {**vars(train.parser.parse_args([])), 'model': model, 'data_dir': '/secret/place/birds/train', **changes}
+        folder = tmp_path / 'runs' / 'birds'
+        torch.manual_seed(0)
+        export_backbone(create_backbone(model), folder / 'export', **CONFIG)
+        (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+        (folder / 'summary.csv').write_text('epoch,train_loss,eval_knn\n0,5.0,40.5\n1,4.0,\n2,3.5,44.25\n')
+        return folder
+    return make
+
+
+def write(folder, **kwargs):
+    write_folder(folder / 'export', folder / 'hub', 'me/birds', **kwargs)
+    return (folder / 'hub' / 'README.md').read_text()
+
+
+def results(folder, name='knn.json', **changes):
+    path = folder / name
+    path.write_text(json.dumps({**KNN, 'model': f'local-dir:{folder}/export', **changes}))
+    return str(path)
+
+
+def test_recipe_and_figures_come_from_the_run(run):
+    progress = dict(knn_before=33.3, order=dict(world_size=4))
+    card = write(run(epochs=5, hidden_dim=77, momentum_teacher=0.987), progress=progress)
+    for row in ('| Epochs | 3 of 5 |', '| Heads | hidden width 77, embeddings 512 |', '| Teacher momentum | 0.987 |',
+                '| Batch size | 256 x 4 processes |', '| Start | random weights |', 'No finished run: 3 of 5 epochs.',
+                '| kNN after epoch 3 | birds | 44.25 |', '| kNN before training | birds | 33.30 |'):
+        assert row in card, row
+    assert ModelCard(card).data.datasets == ['birds']
+
+
+def test_card_says_where_a_run_did_not_start_from_nothing(run):
+    assert "| Start | timm's pretrained weights |" in write(run(pretrained=True))
+    assert '| Start | the weights of a checkpoint |' in write(run(initial_checkpoint='/secret/w.pth'))
+
+
+def test_each_evaluation_has_its_protocol(run):
+    folder = run()
+    more = dict(epochs=100, lr=0.3, top5=90.0)
+    card = write(folder, results=[
+        results(folder),
+        results(folder, 'random.json', weights='random', top1=20.0),
+        results(folder, 'linear.json', protocol='linear, cached features', heads={'0.1': 0, '0.3': 0}, **more),
+        results(folder, 'semisup.json', protocol='semi-supervised', percent=10, lr_head=1.0, **more),
+    ])
+    images = '50 labelled images to learn from, 40 of 3 classes to judge by (split test); 32 px, 100 % centre crop'
+    vote = 'weighted by exp(similarity / 0.07); the best of k = 10, 20 on the judged images'
+    rows = {row.split(' | ')[0][2:]: row for row in card.splitlines() if row.startswith('| ')}
+    for name, data, protocol in (
+            ('kNN, k = 20', 'cifar10 | 61.50 |  |', vote),
+            ('kNN, k = 20, random weights', 'cifar10 | 20.00 |  |', vote),
+            ('Linear', 'cifar10 | 61.50 | 90.00 |', '100 epochs on features of centre crops, taken once, learning'),
+            ('Fine-tuned on 10 % of the labels', 'cifar10 | 61.50 | 90.00 |', 'whole network trained for 100 epochs')):
+        assert data in rows[name] and protocol in rows[name] and images in rows[name], name
+    values = {(r.metric_name, r.metric_value): r.metric_args for r in ModelCard(card).data.eval_results}
+    assert not any('random' in name or 'before' in name for name, _ in values)  # a leaderboard would list them
+    assert values['Linear, top-5', 90.0]['lr'] == 0.3 and values['kNN, k = 20, top-1', 61.5]['temperature'] == 0.07
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(model='local-dir:/elsewhere/dogs/export'), 'measured on local-dir:/elsewhere/dogs/export'),
+    (dict(model='resnet50'), 'measured on resnet50'),
+    (dict(model='resnet50', weights='random'), 'measured on resnet50'),
+    (dict(weights='last.pth.tar, teacher'), r'last.pth.tar, teacher weights'),
+    (dict(protocol='detection'), 'not what eval_knn.py'),
+    (dict(top1=None), 'not what eval_knn.py'),
+])
+def test_figures_of_other_models_are_refused(run, change, said):
+    folder = run()
+    with pytest.raises(InputError, match=f'--results .*{said}'):
+        write(folder, results=[results(folder, **change)])
+    assert not (folder / 'hub').exists()
+
+
+def test_figures_of_the_run_before_it_moved_are_taken(run):
+    folder = run()
+    path = results(folder, model='local-dir:old/birds/export')
+    assert '| kNN, k = 20 | cifar10 | 61.50 |' in write(folder, results=[path])
+
+
+def test_small_image_resnets_say_what_they_need(run):
+    card = write(run('resnet18_s1'))
+    assert 'import timm, timm_cgh' in card and 'torchvision' not in card and '--to detectron2' not in card
+    assert 'import timm, timm_cgh' not in write(run('test_resnet'))
+
+
+def test_neither_paths_nor_logins_get_out(run, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'secret-of-another-form')
+    folder = run(
+        dataset='wds/', data_dir=f'pipe:curl -H "Authorization: Bearer {TOKEN}" https://host/shards-{{0..9}}.tar',
+        model_kwargs={'act_layer': 'secret-of-another-form'}, initial_checkpoint='/secret/w.pth', output='/secret/runs')
+    card = write(folder, task=True)
+    kept = yaml.safe_dump(portable_args(read_args(folder), 'test_resnet'))
+    for text in (card, kept, (folder / 'hub' / 'config.json').read_text()):
+        assert 'secret' not in text and 'hf_abc' not in text and 'Bearer' not in text
+    assert 'act_layer=<token>' in card and ModelCard(card).data.datasets == ['images']
+
+
+@pytest.mark.parametrize('name, root, said', [
+    ('digits', None, 'digits'), ('torch/cifar10', '/data', 'cifar10'), ('hfds/owner/name', None, 'owner/name'),
+    ('hfds/../shared/data/cifar10', None, 'cifar10'), ('', '/home/me/photos/', 'photos'),
+    ('', '/data/in1k/train', 'in1k'), ('', 'images.tar', 'images.tar'), ('', '..', 'images'),
+    ('wds/', 'https://me:pass@host/{00..99}.tar', 'images'),
+])
+def test_data_sets_are_called_by_name_not_by_place(name, root, said):
+    assert data_name(name, root) == said
+
+
+def test_portable_arguments_are_options_of_train_py(run):
+    train = importlib.import_module('train')
+    args = read_args(run(dataset='hfds/../shared/data/cifar10'))
+    kept = portable_args({**args, 'model': 'local-dir:/secret/export'}, 'resnet18')
+    assert kept.keys() <= {action.dest for action in train.parser._actions}
+    assert kept['dataset'] == '' and kept['model'] == 'resnet18'
+
+
+@pytest.mark.parametrize('spoil, said', [
+    (lambda folder: (folder / 'args.yaml').unlink(), 'args.yaml: No such file'),
+    (lambda folder: (folder / 'args.yaml').write_text('lr: 1'), 'not the arguments of a run'),
+    (lambda folder: (folder / 'export' / 'config.json').unlink(), 'has no config.json'),
+    (lambda folder: export_backbone(create_backbone('test_resnet', num_classes=4), folder / 'export', **CONFIG),
+     'has a classifier of 4 classes'),
+    (lambda folder: poke(folder, float('nan')), 'is not finite'),
+])
+def test_what_is_no_run_is_refused_before_anything_is_written(run, spoil, said):
+    folder = run()
+    spoil(folder)
+    with pytest.raises(InputError, match=said) as error:
+        write(folder)
+    assert '\n' not in str(error.value) and not (folder / 'hub' / 'README.md').exists()
+
+
+def poke(folder, value):
+    state = load_file(folder / 'export' / 'model.safetensors')
+    next(v for v in state.values() if v.is_floating_point()).view(-1)[0] = value
+    save_file(state, folder / 'export' / 'model.safetensors', metadata={'format': 'pt'})
+
+
+def test_float16_that_would_overflow_is_refused(run):
+    folder = run()
+    poke(folder, 1e6)
+    with pytest.raises(InputError, match='is not finite in float16'):
+        write(folder, float16=True)
+    write(folder)  # and float32 holds it
+
+
+@pytest.mark.parametrize('name', ['name', 'a/b/c', '../up/x', 'me/na me', '/abs', 'me/..'])
+def test_repository_ids_are_owner_and_name(name):
+    with pytest.raises(InputError, match='--repo-id') as error:
+        check_repo_id(name)
+    assert '\n' not in str(error.value)
+
+
+def test_license_and_data_can_be_named(run):
+    data = ModelCard(write(run(), license='cc-by-4.0', dataset='me/birds-525')).data
+    assert data.license == 'cc-by-4.0' and data.datasets == ['me/birds-525']
+
+
+# ---- the state of the pre-training
+
+def test_portable_state_gives_back_every_tensor_and_value(tmp_path):
+    shared = torch.arange(6.0)
+    state = {
+        'state_dict': {'a': shared.view(2, 3).T, 'b': shared[:2], 'scalar': torch.tensor(3)},
+        'optimizer': {
+            'state': {0: {'momentum_buffer': torch.zeros(2, 0), 'step': 7}},
+            'param_groups': [{'lr': 0.1, 'params': [0]}],
+        },
+        'task_state': {'teacher': {}, 'num_updates': 5},
+        'progress': {'epoch': 1, 'meter': {'sums': [(['loss'], torch.ones(1, dtype=torch.float16))]}, 'knn': None},
+    }
+    write_portable({**state, 'args': object(), 'saver': {'path': '/secret'}}, tmp_path / 'task.safetensors')
+    again = read_portable(tmp_path / 'task.safetensors')
+    assert again.keys() == state.keys() and again['optimizer']['state'][0]['step'] == 7
+    assert torch.equal(again['state_dict']['a'], state['state_dict']['a']) and again['state_dict']['scalar'] == 3
+    assert again['optimizer']['state'][0]['momentum_buffer'].shape == (2, 0)
+    assert again['optimizer']['param_groups'] == [{'lr': 0.1, 'params': [0]}]
+    (names, sums), = again['progress']['meter']['sums']
+    assert names == ['loss'] and sums.dtype == torch.float16 and again['progress']['knn'] is None
+    with safe_open(tmp_path / 'task.safetensors', 'pt') as file:
+        assert 'secret' not in str(file.metadata())

@@ -1,0 +1,144 @@
+"""python -m timm_cgh.hub convert: the same features in torchvision, detectron2 and ONNX."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from test_export import random_statistics
+from timm_cgh.hub import export_backbone
+from timm_cgh.hub.__main__ import cli
+from timm_cgh.models import create_backbone
+
+CONFIG = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), tag='cgh_test')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """`run(name)`: a run's folder, its images and the features that timm gives."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(name)
+            model = random_statistics(create_backbone(name)).eval()
+            export_backbone(model, folder / 'export', input_size=(3, 64, 64), **CONFIG)
+            images = torch.randn(2, 3, 64, 64)
+            with torch.no_grad():
+                made[name] = folder, images, model(images)
+        return made[name]
+
+    return make
+
+
+def convert(*args):
+    return cli(['convert', *map(str, args)])
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_torchvisions_own_model_gives_the_same_features(run, name, tmp_path):
+    folder, images, features = run(name)
+    file = tmp_path / 'made' / 'model.safetensors'
+    assert convert(folder, '--to', 'torchvision', '--output', file) == 0
+    model = getattr(torchvision.models, name)()
+    model.fc = torch.nn.Identity()
+    model.load_state_dict(load_file(file))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), features)
+    with safe_open(file, 'pt') as opened:
+        assert json.loads(opened.metadata()['mean']) == [0.1, 0.2, 0.3]
+    assert [path.name for path in file.parent.iterdir()] == ['model.safetensors']
+
+
+def detectron2_resnet(weights, x, groups=1):
+    """detectron2's modeling/backbone/resnet.py by the names of its modules: BasicStem, BasicBlock or BottleneckBlock
+    with STRIDE_IN_1X1 False, (frozen) batch norm; the names that it asks for are taken out of `weights`."""
+    def conv(x, name, stride=1, groups=1):
+        kernel = weights.pop(f'{name}.weight')
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2, groups=groups)
+        norm = [weights.pop(f'{name}.norm.{part}') for part in ('running_mean', 'running_var', 'weight', 'bias')]
+        return F.batch_norm(x, *norm, eps=1e-5)
+
+    x = F.max_pool2d(conv(x, 'stem.conv1', stride=2).relu(), kernel_size=3, stride=2, padding=1)
+    for stage in ('res2', 'res3', 'res4', 'res5'):
+        for i in range(len({name.split('.')[1] for name in weights if name.startswith(stage)})):
+            block, stride = f'{stage}.{i}', 2 if i == 0 and stage != 'res2' else 1
+            if f'{block}.conv3.weight' in weights:
+                out = conv(conv(x, f'{block}.conv1').relu(), f'{block}.conv2', stride, groups).relu()
+                out = conv(out, f'{block}.conv3')
+            else:
+                out = conv(conv(x, f'{block}.conv1', stride).relu(), f'{block}.conv2')
+            x = (out + (conv(x, f'{block}.shortcut', stride) if f'{block}.shortcut.weight' in weights else x)).relu()
+    return x
+
+
+@pytest.mark.parametrize('name, depth, groups', [('resnet18', 18, 1), ('resnext50_32x4d', 50, 32)])
+def test_detectron2s_resnet_gives_the_same_features(run, name, depth, groups, tmp_path, caplog):
+    folder, images, features = run(name)
+    file = tmp_path / 'model.pth'
+    with caplog.at_level('INFO', 'hub'):
+        assert convert(folder / 'export', '--to', 'detectron2', '-o', file) == 0
+    content = torch.load(file, weights_only=True)
+    assert content['matching_heuristics'] is True and content['__author__'] == 'timm-cgh'
+    weights = content['model']
+    assert {'stem.conv1.weight', 'stem.conv1.norm.weight', 'res2.0.conv1.weight', 'res3.0.shortcut.norm.weight',
+            'res5.1.conv2.norm.running_var'} <= weights.keys()
+    # its checkpointer matches by suffix: no name may end another
+    assert not any(a != b and a.endswith(f'.{b}') for a in weights for b in weights)
+    maps = detectron2_resnet(weights, images, groups)
+    assert not weights  # each name has its place
+    torch.testing.assert_close(maps.mean(dim=(2, 3)), features)
+    for setting in ('FORMAT: RGB', 'PIXEL_MEAN: [25.5, 51.0, 76.5]', 'PIXEL_STD: [102.0, 127.5, 153.0]',
+                    f'DEPTH: {depth}', 'STRIDE_IN_1X1: false'):
+        assert setting in caplog.text
+    assert ('NUM_GROUPS: 32, WIDTH_PER_GROUP: 4' in caplog.text) == (groups == 32)
+    assert ('RES2_OUT_CHANNELS: 64' in caplog.text) == (depth == 18)
+
+
+def test_onnxruntime_gives_the_same_features(run, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='no onnxruntime (pip install onnxruntime onnxscript)')
+    pytest.importorskip('onnxscript', reason='torch exports to ONNX with onnxscript')
+    folder, images, features = run('resnet18')
+    assert convert(folder, '--to', 'onnx', '-o', tmp_path / 'model.onnx') == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
+    for batch, wanted in ((images, features), (images[:1], features[:1])):
+        found, = session.run(None, {'images': batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
+    config = json.loads(session.get_modelmeta().custom_metadata_map['input_config'])
+    assert config['architecture'] == 'resnet18' and config['input_size'] == [3, 64, 64]
+    assert config['mean'] == [0.1, 0.2, 0.3] and config['tag'] == 'cgh_test'
+
+
+@pytest.mark.parametrize('name, kwargs, to, output, said', [
+    ('test_resnet', {}, 'torchvision', 'm.safetensors', 'torchvision has no test_resnet'),
+    ('resnet18', {'in_chans': 1}, 'detectron2', 'm.pth', "not torchvision's resnet18: the file has another shape"),
+    ('resnet18', {'output_stride': 8}, 'torchvision', 'm.safetensors', "torchvision's resnet18 gives other features"),
+    ('resnet18', {}, 'detectron2', 'm.pkl', '--output m.pkl: must end in .pth'),
+    (None, {}, 'onnx', 'm.onnx', 'no config.json there'),
+])
+def test_what_does_not_go_there_is_refused_in_one_line(name, kwargs, to, output, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if name:
+        chans = kwargs.get('in_chans', 3)
+        model = create_backbone(name, **kwargs)
+        export_backbone(model, 'run/export', input_size=(chans, 64, 64), mean=(0.5,) * chans, std=(0.5,) * chans)
+    with pytest.raises(SystemExit) as stop:
+        convert('run', '--to', to, '-o', output)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count('\n') == 1
+    assert not (tmp_path / output).exists()
+
+
+def test_a_broken_export_is_refused_and_the_old_file_stays(run, tmp_path, capsys):
+    folder, _, _ = run('resnet18')
+    (tmp_path / 'config.json').write_bytes((folder / 'export' / 'config.json').read_bytes())
+    (tmp_path / 'model.safetensors').write_bytes((folder / 'export' / 'model.safetensors').read_bytes()[:-10])
+    (tmp_path / 'out.safetensors').write_text('old')
+    with pytest.raises(SystemExit):
+        convert(tmp_path, '--to', 'torchvision', '-o', tmp_path / 'out.safetensors')
+    assert 'not a whole safetensors file' in capsys.readouterr().err
+    assert (tmp_path / 'out.safetensors').read_text() == 'old'

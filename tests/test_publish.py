@@ -1,0 +1,359 @@
+"""publish.py and every way back, through the real client and a Hub on loopback (tests/hub_server.py).
+
+What the client takes from its environment (HF_ENDPOINT, HF_TOKEN, ...) it reads when it is imported: everything that
+talks to the Hub runs in other processes, `hub_client.py` holds one of them ready.
+"""
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import hub_client as at_client
+from conftest import REPOSITORY
+from hub_server import READER, WRITER, HubServer
+from timm_cgh.task import read_checkpoint
+
+RUN = ['--dataset', 'digits', '--model', 'resnet18', '--img-size', '16', '--hidden-dim', '16', '--embed-dim', '8',
+       '--bank-size', '64', '--batch-size', '128', '--epochs', '1', '--workers', '0', '--device', 'cpu', '--lr', '0.1']
+TINY = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', '16', '--in-chans', '1', '--hidden-dim', '8',
+        '--embed-dim', '8', '--bank-size', '64', '--batch-size', '256', '--workers', '0', '--knn-interval', '0',
+        '--device', 'cpu', '--lr', '0.1', '--warmup-epochs', '0', '--contrast-warmup-epochs', '0.5']
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp('hub')
+
+
+@pytest.fixture(scope='module')
+def running_hub():
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture(scope='module')
+def env(running_hub, root):
+    """Environment of the processes: the real Hub's address is nowhere in it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
+    return dict(kept, HF_ENDPOINT=running_hub.url, HF_TOKEN=WRITER, HF_HOME=str(root / 'home'), HF_HUB_DISABLE_XET='1',
+                HF_HUB_DISABLE_PROGRESS_BARS='1', OMP_NUM_THREADS='1', PYTHONPATH=str(REPOSITORY))
+
+
+@pytest.fixture(scope='module')
+def client(env):
+    """`client(function, ...)`: a function of hub_client.py, in a process with that environment."""
+    with at_client.process(env) as call:
+        yield call
+
+
+@pytest.fixture(scope='module')
+def run(client):
+    """`run(script, ...)`: what a root script prints; it must end with `code`."""
+    def call(name, *args, code=0):
+        found, output = client(at_client.run, name, *args)
+        assert found == code, output[-3000:]
+        return output
+    return call
+
+
+@pytest.fixture
+def hub(running_hub):
+    running_hub.reset()
+    return running_hub
+
+
+@pytest.fixture(scope='module')
+def published(running_hub, run, root):
+    """A run on the digits, published: its folder, what publish.py said, what the Hub has seen."""
+    run('train', *RUN, '--output', root, '--experiment', 'run')
+    export = root / 'run' / 'export'
+    run('eval_knn', '--model', f'local-dir:{export}', '--dataset', 'digits', '-j', '0', '--k', '10', '20', '--device',
+        'cpu', '--results-file', root / 'knn.json')
+    log = run('publish', export, '--repo-id', 'me/digits-resnet18', '--results', root / 'knn.json', '--code',
+              'me/timm-cgh')
+    row = re.search(r"'(cgh_resnet18\.\w+)': (\{.*\}),", log)
+    return SimpleNamespace(
+        run=root / 'run', export=export, repo_id='me/digits-resnet18', log=log, requests=list(running_hub.requests),
+        knn=json.loads((root / 'knn.json').read_text()), key=row[1], row=ast.literal_eval(row[2]),
+        card=(root / 'run' / 'hub' / 'README.md').read_text(),
+        files=running_hub.repositories['me/digits-resnet18'].commits)
+
+
+# ---- what is published
+
+
+def test_three_files_in_one_commit(published, running_hub):
+    first, last = published.files.values()
+    assert first == {} and sorted(last) == ['README.md', 'config.json', 'model.safetensors']
+    kind, sha256 = last['model.safetensors']
+    assert kind == 'lfs' and running_hub.objects[sha256] == (published.export / 'model.safetensors').read_bytes()
+    config = json.loads(last['config.json'][1])
+    assert config['architecture'] == 'resnet18' and config['num_classes'] == 0
+    assert config['pretrained_cfg']['input_size'] == [3, 16, 16] and config['pretrained_cfg']['tag'] == 'cgh_cross_1ep'
+    calls = [f'{method} {path}' for method, path, _ in published.requests]
+    assert calls.count('POST /api/repos/create') == calls.count('POST /api/models/me/digits-resnet18/commit/main') == 1
+
+
+def test_no_token_in_anything_that_is_written_or_said(published):
+    assert WRITER not in published.log
+    for path in published.run.rglob('*'):
+        assert path.is_dir() or WRITER.encode() not in path.read_bytes(), path
+    sent = [headers for method, path, headers in published.requests if not path.startswith('/objects/')]
+    assert any('Bearer' in str(headers) for headers in sent)  # the Hub has seen it, and the content network not:
+    assert not any('Bearer' in str(headers) for _, path, headers in published.requests if path.startswith('/objects/'))
+
+
+def test_card_passes_the_clients_own_validation_and_the_hubs(published, client, hub):
+    card = ModelCard(published.card)  # raises where the metadata is not as specified
+    assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0' and card.data.datasets == ['digits']
+    assert {'timm', 'cgh', 'resnet18'} <= set(card.data.tags)
+    client(at_client.validate, published.card)
+    assert hub.seen('POST /api/validate-yaml')
+    with pytest.raises(ValueError, match='license'):
+        client(at_client.validate, published.card.replace('license: apache-2.0', 'license: nonsense'))
+
+
+def test_card_tells_every_figure_with_its_protocol(published):
+    rows = {row.split('|')[1].strip(): row for row in published.card.splitlines() if row.startswith('| ')}
+    summary = (published.run / 'summary.csv').read_text().splitlines()
+    knn = float(dict(zip(summary[0].split(','), summary[-1].split(',')))['eval_knn'])
+    for name, value in (('kNN after epoch 1', knn), (f"kNN, k = {published.knn['k']}", published.knn['top1'])):
+        assert f'| digits | {value:.2f} |' in rows[name] and 'exp(similarity / 0.07)' in rows[name], name
+    assert '1433 labelled images to learn from, 364 of 10 classes' in rows[f"kNN, k = {published.knn['k']}"]
+    assert 'kNN before training' in rows and '| Epochs | 1 of 1 |' in rows['Epochs']
+    figures = ModelCard(published.card).data.eval_results
+    assert [figure.metric_value for figure in figures][0] == knn and all(figure.metric_args for figure in figures)
+
+
+def test_card_shows_every_door_and_what_the_weights_are_not(published):
+    for text in ("timm.create_model('hf-hub:me/digits-resnet18', pretrained=True)", 'torchvision.models.resnet18()',
+                 "torch.hub.load('me/timm-cgh', 'cgh', checkpoint='hf-hub:me/digits-resnet18')",
+                 '## What these weights are not', "Not the authors' weights", '@inproceedings{gao2024cgh',
+                 published.row['sha256']):
+        assert text in published.card, text
+    assert str(published.run.parent) not in published.card
+
+
+def test_dry_run_writes_the_folder_and_asks_nobody(published, run, hub, root):
+    run('publish', published.export, '--repo-id', 'me/other', '--dry-run', '--float16', '--output', root / 'dry')
+    assert sorted(p.name for p in (root / 'dry').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert len({p.stat().st_mode for p in (root / 'dry').iterdir()}) == 1  # readable by whom the umask allows
+    assert not [path for _, path, _ in hub.requests if path != '/api/agent-harnesses']
+    half, whole = (load_file(folder / 'model.safetensors') for folder in (root / 'dry', published.export))
+    assert all(torch.equal(half[name], whole[name].half()) for name in whole if whole[name].is_floating_point())
+    assert 'the file is float16' in (root / 'dry' / 'README.md').read_text()
+
+
+def test_publishing_again_adds_a_commit_to_its_branch_and_none_where_nothing_is_new(published, client, hub, tmp_path):
+    branches = hub.repositories[published.repo_id].branches
+    before = branches['main']
+    (tmp_path / 'README.md').write_text(published.card + 'More.')
+    commit = client(at_client.upload, tmp_path, ['README.md'], published.repo_id, revision='v2')
+    assert branches == {'main': before, 'v2': commit} and commit != before
+    assert client(at_client.upload, published.run / 'hub', ['README.md'], published.repo_id) == before
+
+
+# ---- every way back
+
+
+@pytest.fixture(scope='module')
+def features(published, client):
+    return client(at_client.features, f'local-dir:{published.export}')
+
+
+def test_stock_timm_gives_the_same_features_without_our_package(published, features, env, hub, root):
+    code = '\n'.join([
+        'import sys, timm, torch',
+        f"model = timm.create_model('hf-hub:{published.repo_id}', pretrained=True).eval()",
+        "assert 'timm_cgh' not in sys.modules",
+        f"torch.save(model({at_client.IMAGES}), sys.argv[1])",
+    ])
+    command = [sys.executable, '-c', code, root / 'stock.pt']
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert hub.seen('GET /objects/') and torch.equal(torch.load(root / 'stock.pt'), features)
+
+
+def test_registry_name_gives_the_same_features_from_the_pinned_commit(published, features, client, hub, tmp_path):
+    client(at_client.add_row, published.key, published.row)
+    for name in ('cgh_resnet18', published.key):
+        assert torch.equal(client(at_client.features, name, cache_dir=tmp_path), features)
+    commit = published.row['hf_hub_id'].split('@')[1]
+    assert [path.split('/')[4] for _, path, _ in hub.seen('HEAD /me/')] == [commit, commit]  # the second time none
+
+
+def test_torch_hub_gives_the_same_features(published, features, client, tmp_path):
+    name = f'hf-hub:{published.repo_id}'
+    assert torch.equal(client(at_client.torch_hub_features, 'cgh', checkpoint=name), features)
+    assert torch.equal(client(at_client.torch_hub_features, 'cgh_resnet18', pretrained=True), features)
+
+
+def test_convert_takes_what_is_on_the_hub(published, run, tmp_path):
+    log = run('timm_cgh.hub.__main__', 'convert', f'hf-hub:{published.repo_id}', '--to', 'torchvision', '-o',
+              tmp_path / 'model.safetensors')
+    assert 'torchvision.models.resnet18()' in log
+    ours, theirs = (load_file(folder / 'model.safetensors') for folder in (published.export, tmp_path))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_options_of_timm_pass_through_the_registry(client, published):
+    assert client(at_client.shapes, 'cgh_resnet18', num_classes=7) == [(2, 7)]
+    assert client(at_client.shapes, 'cgh_resnet18', in_chans=1, num_classes=0) == [(2, 512)]
+    maps = client(at_client.shapes, 'cgh_resnet18', features_only=True, out_indices=(3, 4))
+    assert maps == [(2, 256, 1, 1), (2, 512, 1, 1)]
+
+
+def test_cache_serves_without_the_network(published, features, env, hub, client, tmp_path):
+    client(at_client.fetch_folder, published.repo_id, cache_dir=tmp_path)
+    with at_client.process(dict(env, HF_HUB_OFFLINE='1')) as offline:
+        hub.reset()
+        name = f'hf-hub:{published.repo_id}'
+        assert torch.equal(offline(at_client.torch_hub_features, 'cgh', checkpoint=name, cache_dir=tmp_path), features)
+        with pytest.raises(RuntimeError, match='not in the cache, and HF_HUB_OFFLINE'):
+            offline(at_client.fetch, published.repo_id, 'README.md', cache_dir=tmp_path)
+        assert not hub.requests
+
+
+def test_pre_training_goes_on_from_the_hub_as_from_the_file(run, root, hub):
+    run('train', *TINY, '--epochs', 1, '--output', root, '--experiment', 'first')
+    run('publish', root / 'first' / 'export', '--repo-id', 'me/tiny', '--include-task', '--private')
+    assert hub.repositories['me/tiny'].private
+    kept = yaml.safe_load((root / 'first' / 'hub' / 'args.yaml').read_text())
+    assert kept['hidden_dim'] == 8 and not {'output', 'experiment', 'data_dir', 'device'} & kept.keys()
+    more = ['--config', root / 'first' / 'hub' / 'args.yaml', '--epochs', 2, '--output', root, '--workers', 0]
+    log = run('train', *more, '--resume', 'hf-hub:me/tiny', '--experiment', 'by_hub')
+    assert 'at epoch 1, batch 0' in log and WRITER not in log and 'signature=' not in log
+    run('train', *more, '--resume', root / 'first' / 'last.pth.tar', '--experiment', 'by_file')
+    by_hub, by_file = (read_checkpoint(str(root / name / 'last.pth.tar')) for name in ('by_hub', 'by_file'))
+    for part in ('heads', 'teacher', 'banks'):
+        for name, value in by_file['task_state'][part].items():
+            assert torch.equal(by_hub['task_state'][part][name], value), name
+    assert all(torch.equal(by_hub['state_dict'][name], value) for name, value in by_file['state_dict'].items())
+    assert WRITER not in (root / 'by_hub' / 'args.yaml').read_text()
+
+
+def test_resuming_what_is_not_there_is_refused_in_one_line(run, published, root):
+    said = run('train', *TINY, '--epochs', 2, '--output', root, '--resume', f'hf-hub:{published.repo_id}', code=2)
+    assert said.strip().splitlines()[-1].endswith(
+        'error: --resume hf-hub:me/digits-resnet18: me/digits-resnet18 has no task.safetensors')
+
+
+# ---- what goes wrong
+
+
+def files_of(cache):
+    """Content in a cache of the client: neither its locks nor its notes of what a branch was."""
+    return [path for path in cache.glob('models--*/*/**/*') if path.is_file() and 'refs' not in path.parts]
+
+
+def test_a_connection_that_drops_at_half_the_file_is_taken_up_there(published, client, hub, tmp_path):
+    hub.fault('GET /objects', 'drop')
+    path = client(at_client.fetch, published.repo_id, 'model.safetensors', cache_dir=tmp_path)
+    assert Path(path).read_bytes() == (published.export / 'model.safetensors').read_bytes()
+    first, second = hub.seen('GET /objects')
+    starts = [re.search(r"'range': '(bytes=\d+)", str(headers).lower()) for _, _, headers in (first, second)]
+    assert starts[0] is None and int(starts[1][1][6:]) > 10_000_000
+
+
+@pytest.mark.parametrize('where', ['HEAD /me/.*/resolve', 'GET /objects', 'GET /me/.*/config.json'])
+def test_a_server_that_is_busy_twice_is_asked_again(published, client, hub, tmp_path, where):
+    hub.fault(where, 503, times=2)
+    folder = Path(client(at_client.fetch_folder, published.repo_id, cache_dir=tmp_path))
+    assert (folder / 'model.safetensors').read_bytes() == (published.export / 'model.safetensors').read_bytes()
+    assert not any(fault[2] for fault in hub.faults)
+
+
+@pytest.mark.parametrize('pinned', [True, False])
+def test_a_flipped_bit_is_refused_and_leaves_the_cache(published, client, hub, tmp_path, pinned):
+    hub.fault('GET /objects', 'flip')
+    wanted = dict(sha256=published.row['sha256']) if pinned else {}
+    with pytest.raises(RuntimeError, match='has the hash .*removed from the cache') as refused:
+        client(at_client.fetch, published.repo_id, 'model.safetensors', cache_dir=tmp_path, **wanted)
+    assert '\n' not in str(refused.value) and not files_of(tmp_path)
+    path = client(at_client.fetch, published.repo_id, 'model.safetensors', cache_dir=tmp_path, **wanted)
+    assert Path(path).read_bytes() == (published.export / 'model.safetensors').read_bytes()
+
+
+def test_another_file_than_the_pinned_one_is_refused(published, client, tmp_path):
+    with pytest.raises(RuntimeError, match='has the hash'):
+        client(at_client.fetch_folder, published.repo_id, sha256='0' * 64, cache_dir=tmp_path)
+    assert [path.name for path in files_of(tmp_path) if path.is_symlink()] == ['config.json']
+
+
+def test_pickled_weights_are_left_where_they_are(client, hub, tmp_path):
+    torch.save({}, tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'config.json').write_text('{"architecture": "resnet18"}')
+    client(at_client.upload, tmp_path, ['config.json', 'pytorch_model.bin'], 'me/pickle')
+    hub.reset()
+    with pytest.raises(RuntimeError, match='me/pickle has no model.safetensors'):
+        client(at_client.torch_hub_features, 'cgh', checkpoint='hf-hub:me/pickle')
+    assert not hub.seen('pytorch_model.bin')
+
+
+@pytest.mark.parametrize('repo_id, filename', [
+    ('me/digits-resnet18', '../../../escaped'), ('me/digits-resnet18', '/escaped'), ('../../escaped', 'config.json'),
+    ('me/digits-resnet18', 'a/../../escaped'),
+])
+def test_names_cannot_leave_the_cache(client, published, tmp_path, hub, repo_id, filename):
+    with pytest.raises(RuntimeError) as refused:
+        client(at_client.fetch, repo_id, filename, cache_dir=tmp_path / 'a' / 'b' / 'cache')
+    assert '\n' not in str(refused.value) and not hub.requests
+    assert not list(tmp_path.rglob('*escaped*'))
+
+
+@pytest.mark.parametrize('token, status, repo_id, said', [
+    (WRITER, None, 'me/none', 'no such repository'),
+    ('', None, 'me/tiny', 'no such repository, or one that your token does not open'),  # private
+    ('hf_wrongwrongwrongwrong', None, 'me/digits-resnet18', 'the token is not valid'),
+    (READER, 403, 'me/digits-resnet18', 'does not allow'),
+    (READER, 404, 'me/digits-resnet18', 'README.md'),
+])
+def test_answers_to_a_download_become_one_line_without_the_token(
+        published, env, hub, client, tmp_path, token, status, repo_id, said):
+    if status:
+        hub.fault('HEAD', status, times=9)
+    with at_client.token(client, token):
+        with pytest.raises(RuntimeError) as refused:
+            client(at_client.fetch, repo_id, 'README.md', cache_dir=tmp_path)
+    message = str(refused.value)
+    assert said in message and '\n' not in message and 'hf_' not in message.replace('hf auth', '')
+    assert not files_of(tmp_path)
+
+
+@pytest.mark.parametrize('token, where, status, said', [
+    ('', '', None, 'not logged in'),
+    (READER, '', None, 'does not allow'),
+    (WRITER, 'POST /api/models/me/new/commit', 500, r'cannot serve that now \(500\)'),
+    (WRITER, 'POST /me/new.git/info/lfs/objects/batch', 403, 'does not allow'),
+    (WRITER, 'POST /api/repos/create', 429, 'too many requests'),
+])
+def test_answers_to_an_upload_become_one_line_without_the_token(published, client, hub, token, where, status, said):
+    if status:
+        hub.fault(where, status, times=9)
+    hub.objects.pop(published.row['sha256'], None) if 'batch' in where else None
+    with at_client.token(client, token):
+        with pytest.raises(ValueError, match=f'^--repo-id me/new: .*{said}') as refused:
+            client(at_client.upload, published.run / 'hub', ['model.safetensors', 'config.json'], 'me/new')
+    assert '\n' not in str(refused.value) and 'writer' not in str(refused.value)
+    assert not hub.repositories.pop('me/new', None) or not where == 'POST /api/repos/create'
+
+
+def test_private_means_private(published, client, hub):
+    with pytest.raises(ValueError, match='--private: me/digits-resnet18 exists and is public'):
+        client(at_client.upload, published.run / 'hub', ['config.json'], published.repo_id, private=True)
+    assert not hub.seen('commit')
+
+
+def test_too_many_requests_are_waited_for(published, client, hub, tmp_path):
+    hub.fault('HEAD', 429, times=1)
+    assert client(at_client.fetch, published.repo_id, 'README.md', cache_dir=tmp_path)

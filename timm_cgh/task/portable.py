@@ -1,0 +1,82 @@
+"""A run's checkpoint as safetensors, for other machines: tensors by name, all the rest as JSON in the header."""
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Union
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from timm_cgh.download import HUB_PREFIX, fetch, split_hub_name
+from timm_cgh.errors import blame
+from timm_cgh.files import atomic_path
+
+__all__ = ['TASK_FILE', 'local_checkpoint', 'read_portable', 'write_portable']
+
+TASK_FILE = 'task.safetensors'  # its name in a repository on the Hub
+_OF_THE_MACHINE = ('args', 'saver')  # entries with paths, and the ranking of files that stay behind
+
+
+def _pack(value: Any, name: str, tensors: Dict[str, torch.Tensor]) -> Dict[str, Any]:
+    """JSON for a nest of dictionaries, lists, plain values and tensors; the tensors go to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {'tensor': name}
+    if isinstance(value, Mapping):  # as pairs: an optimiser's keys are integers
+        return {'dict': [[key, _pack(item, f'{name}.{key}', tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {'list': [_pack(item, f'{name}.{i}', tensors) for i, item in enumerate(value)]}
+    return {'value': value}
+
+
+def _unpack(node: Dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    (kind, content), = node.items()
+    if kind == 'tensor':
+        return tensors[content]
+    if kind == 'dict':
+        return {key: _unpack(item, tensors) for key, item in content}
+    if kind == 'list':
+        return [_unpack(item, tensors) for item in content]
+    return content
+
+
+def write_portable(state: Mapping[str, Any], path: Union[str, Path]) -> None:
+    """Write what `read_checkpoint` gave as one safetensors file; the run's arguments stay out, they name its machine.
+
+    Args:
+        state: content of a checkpoint
+        path: file to write
+    """
+    tensors: Dict[str, torch.Tensor] = {}
+    kept = {key: value for key, value in state.items() if key not in _OF_THE_MACHINE}
+    layout = json.dumps({key: _pack(value, key, tensors) for key, value in kept.items()})
+    with atomic_path(path) as temp:
+        save_file(tensors, temp, metadata={'format': 'pt', 'layout': layout})
+
+
+def read_portable(path: Union[str, Path]) -> Dict[str, Any]:
+    """Content of a file of `write_portable`; tuples come back as lists.
+
+    Raises:
+        KeyError, ValueError, safetensors.SafetensorError: another or a broken file
+    """
+    with safe_open(path, framework='pt') as file:
+        layout = json.loads((file.metadata() or {}).get('layout', '{}'))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return {key: _unpack(node, tensors) for key, node in layout.items()}
+
+
+def local_checkpoint(name: Optional[str]) -> Optional[str]:
+    """File of the checkpoint that `--resume` names, fetched from the Hub where it is `hf-hub:owner/name[@revision]`.
+
+    Raises:
+        InputError: not to be had, or not as published
+    """
+    if name is None or not name.startswith(HUB_PREFIX):
+        return name
+    for client in ('httpx', 'httpx2'):
+        logging.getLogger(client).setLevel(logging.WARNING)  # else they log the signed addresses of private files
+    repo_id, revision = split_hub_name(name)
+    with blame('--resume', name):
+        return fetch(repo_id, TASK_FILE, revision)

@@ -227,3 +227,22 @@ class ViewsToDevice:
             photometric(view.to(self.device, non_blocking=True), params, self.mean, self.std)
             for view, params in zip(batch.views, batch.params)
         ]
+
+    def prefetch(self, loader: Iterable[Batch]) -> Iterator[Tuple[Batch, List[torch.Tensor]]]:
+        """Each batch with its views; on a GPU the next ones travel and are augmented while it works on these."""
+        if self.device.type != 'cuda':
+            for batch in loader:
+                yield batch, self(batch)
+            return
+        stream, ready = torch.cuda.Stream(self.device), None
+        for batch in loader:
+            current = torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)  # the step before last may still read the memory that these views will reuse
+            with torch.cuda.stream(stream):
+                views = self(batch)
+            if ready is not None:
+                yield ready
+            current.wait_stream(stream)
+            ready = batch, views
+        if ready is not None:
+            yield ready

@@ -15,8 +15,8 @@ __all__ = ['adjust_hue', 'gaussian_blur', 'photometric', 'to_gray']
 
 _ORDERS = torch.tensor(JITTER_ORDERS)
 _HUES = (0, 2, -2)  # of red, green and blue, in sextants of the colour circle
-# On a CPU as many values per thread go through all operations together as stay in its cache: a pass over them takes half
-# as long as one over a whole batch. One image of 224 px has 150,528.
+# On a CPU as many values per thread go through all operations together as stay in its cache: a pass over them takes
+# half as long as one over a whole batch. One image of 224 px has 150,528.
 _CACHED = 2 ** 18
 _BAND = 56  # pixels of a line that one product blurs on a CPU: beyond its band, the matrix of a whole line is zeros
 
@@ -53,7 +53,7 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(images: torch.Tensor, weights: torch.Tensor, uses_mean: bool, uses_luma: bool) -> torch.Tensor:
-    """In place, images in [0, 255]: weighted sum of the images, their mean luma and their luma, clipped; weights (B, 3).
+    """In place: weighted sum, clipped, of images in [0, 255], their mean luma and their luma; weights (B, 3).
 
     Brightness, contrast, saturation and grayscale are all of this form, so that a batch in which every image is due for
     another of them needs one pass. What all weights of a kind leave out is not computed.

@@ -22,8 +22,8 @@ __all__ = [
 class Batch(NamedTuple):
     """Views of a batch, photometric changes not yet made.
 
-    views: per view (B, C, size, size) uint8, in memory channels last; params: per view (B, 7) float32 or None; target: (B,) int64, -1 unknown;
-    index: (B,) int64, -1 in streams; unreadable: names of images that were passed over.
+    views: per view (B, C, size, size) uint8, in memory channels last; params: per view (B, 7) float32 or None;
+    target: (B,) int64, -1 unknown; index: (B,) int64, -1 in streams; unreadable: names of images that were passed over.
     """
     views: List[torch.Tensor]
     params: List[Optional[torch.Tensor]]

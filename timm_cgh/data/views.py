@@ -144,7 +144,7 @@ def draw_crop(
 
 
 def _reduction(boxes: Sequence[Tuple[int, int, int, int]], specs: Sequence[ViewSpec]) -> int:
-    """The smallest scale, 1/8 to 1, at which no crop has fewer pixels than its view: its denominator."""
+    """By how much an image may be reduced, at most 8, before one of the crops has fewer pixels than its view."""
     least = min(
         min(right - left, bottom - top) / spec.size for (left, top, right, bottom), spec in zip(boxes, specs))
     return next((reduction for reduction in (8, 4, 2) if least >= reduction), 1)
@@ -167,9 +167,9 @@ def cut_views(
 ) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]]]:
     """All views of one image, which is decoded once, and no larger than they need it.
 
-    Crops are drawn from the size in the image's header. Where all have at least twice (four, eight times) as many pixels
-    as their views, a JPEG file is decoded at a half (quarter, eighth) of its size; they then move to whole pixels of
-    that size, by less than a pixel of the view.
+    Crops are drawn from the size in the image's header. Where all are at least twice (four, eight times) as wide and
+    high as their views, a JPEG file is decoded at a half (quarter, eighth) of its size; their edges then move to whole
+    pixels of that size, by less than a pixel of the view.
 
     Args:
         image: as opened by Pillow, decoded or not
@@ -189,8 +189,8 @@ def cut_views(
     pixels, reduction = decode_pixels(image, mode, _reduction(boxes, specs))
     views = []
     for spec, (left, top, right, bottom), flip in zip(specs, boxes, flips):
-        x, y = round(left / reduction), round(top / reduction)
-        box = x, y, x + (right - left) // reduction, y + (bottom - top) // reduction
-        view = _resized_crop(pixels, box, spec.size, spec.interpolation)
+        width, height = (right - left) // reduction, (bottom - top) // reduction
+        x, y = round((left + right) / (2 * reduction) - width / 2), round((top + bottom) / (2 * reduction) - height / 2)
+        view = _resized_crop(pixels, (x, y, x + width, y + height), spec.size, spec.interpolation)
         views.append(view.flip(2) if flip else view)
     return views, rows

@@ -211,7 +211,7 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
             saver.progress.update(epoch=epoch, batch=done, knn=knn, meter=meter.state_dict())
             saver.save_recovery(epoch, done)
 
-    for i, batch in enumerate(loader, start=start):
+    for i, (batch, views) in enumerate(to_device.prefetch(loader), start=start):
         for name in batch.unreadable:
             if name not in unreadable:
                 unreadable.add(name)
@@ -225,7 +225,7 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
         with contextlib.nullcontext() if update else task.no_sync():
             with torch.autocast(to_device.device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp):
                 measured = (i + 1) % args.log_interval == 0 or i + 1 == steps
-                result = task(to_device(batch), batch.target, observe=tracker if measured else None)
+                result = task(views, batch.target, observe=tracker if measured else None)
             loss = result['loss'] / group_size
             if scaler is not None:
                 parameters = list(task.student.parameters())

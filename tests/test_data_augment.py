@@ -4,9 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from timm_cgh.data import Photometric, ViewsToDevice
+from timm_cgh.data import Photometric, ViewsToDevice, augment
 from timm_cgh.data.augment import adjust_hue, gaussian_blur, photometric, to_gray
 from timm_cgh.data.loader import Batch
 from timm_cgh.data.views import JITTER_ORDERS
@@ -76,6 +78,20 @@ def test_what_becomes_of_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(photometric(x, params), alone, rtol=0, atol=1e-6)
 
 
+def test_parts_that_fit_the_cache_and_the_order_in_memory_change_nothing(monkeypatch):
+    rng = np.random.default_rng(4)
+    params = torch.from_numpy(np.stack([Photometric().draw(rng) for _ in range(12)]))
+    x, mean, std = images(12), torch.rand(1, 3, 1, 1), torch.rand(1, 3, 1, 1) + 0.1
+    together = photometric(x, params, mean, std)
+    alone = F.normalize(photometric(x, params), mean.flatten().tolist(), std.flatten().tolist())
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    for values in (1, 2 * x[0].numel(), 5 * x[0].numel()):
+        monkeypatch.setattr(augment, '_CACHED', values)
+        parts = photometric(x.contiguous(memory_format=torch.channels_last), params, mean, std)
+        assert parts.is_contiguous()
+        torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
+
+
 def test_unchanged_images_are_exactly_the_pixels():
     x = images()
     assert torch.equal(photometric(x, None), x.float() / 255)
@@ -89,8 +105,8 @@ def test_input_is_left_as_it_was():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (2, 2), (5, 8), (8, 3)])
-def test_blur_reflects_as_often_as_tiny_images_need(shape):
+@pytest.mark.parametrize('shape', [(1, 1), (2, 2), (5, 8), (8, 3), (57, 130), (112, 59)])
+def test_blur_reflects_as_often_as_tiny_images_need_and_joins_the_bands_of_large_ones(shape):
     x, sigma, reach = torch.rand(2, 3, *shape), torch.tensor([2.0, 1.0]), 6
     offsets = np.arange(-reach, reach + 1)
     for image, s, blurred in zip(x.double().numpy(), sigma.tolist(), gaussian_blur(x, sigma, reach)):
@@ -130,11 +146,84 @@ def test_8_bit_torchvision_on_pil_images_is_within_2_of_255(column, operation):
             assert (expected.float() - result).abs().max() <= 2
 
 
+def test_hue_is_turned_alike_in_any_range():
+    x, shift = torch.rand(5, 3, 9, 9), torch.linspace(-0.5, 0.5, 5)
+    torch.testing.assert_close(adjust_hue(255 * x, shift), 255 * adjust_hue(x, shift), rtol=0, atol=1e-3)
+
+
 def test_whole_turn_of_the_hue_changes_nothing():
     x = torch.rand(4, 3, 9, 9)
     torch.testing.assert_close(adjust_hue(x, torch.tensor([0.0, 1.0, -1.0, 2.0])), x, rtol=0, atol=1e-5)
     third = adjust_hue(x, torch.full((4,), 1 / 3))
     torch.testing.assert_close(third, x.roll(1, dims=1), rtol=0, atol=1e-5)  # red -> green -> blue -> red
+
+
+# ---- parity of the distributions
+
+
+@pytest.fixture(scope='module')
+def scene():
+    """A colourful picture, (3, 48, 48) uint8, with edges for the blur to soften."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.random((1, 3, 6, 6), dtype=np.float32))
+    blocks = torch.nn.functional.interpolate(coarse, 48, mode='nearest')[0]
+    return (255 * (0.15 + 0.6 * blocks)).round().to(torch.uint8)
+
+
+def measures(images):
+    """(B, 3, H, W) in [0, 1] -> what the operations change, per image: a dict of (B,) arrays."""
+    luma = to_gray(images)
+    value, least = images.amax(dim=1), images.amin(dim=1)
+    red, green, blue = images.mean(dim=(2, 3)).unbind(1)
+    colour = torch.complex(red - (green + blue) / 2, math.sqrt(0.75) * (green - blue))
+    contrast = luma.std(dim=(1, 2, 3))
+    edges = luma.diff(dim=3).square().mean(dim=(1, 2, 3)) / contrast ** 2
+    return dict(
+        mean=images.mean(dim=(1, 2, 3)).numpy(),
+        contrast=(contrast / luma.mean(dim=(1, 2, 3))).numpy(),
+        saturation=((value - least) / value.clamp(min=1e-3)).mean(dim=(1, 2)).numpy(),
+        hue=colour.angle()[colour.abs() > 1e-4].numpy(),
+        blur=edges.numpy(),
+    )
+
+
+PICTURES = 600
+
+
+@pytest.fixture(scope='module')
+def torchvisions(scene):
+    """Measures of the picture after torchvision's usual transforms."""
+    recipe = transforms.Compose([
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.RandomApply([transforms.GaussianBlur(13, (0.1, 2))], p=0.5),
+    ])
+    torch.manual_seed(1)
+    return measures(torch.stack([recipe(scene / 255) for _ in range(PICTURES)]))
+
+
+def p_values(scene, torchvisions, recipe):
+    """Of Kolmogorov-Smirnov: whether the measures after our recipe come from torchvision's distribution."""
+    rng = np.random.default_rng(1)
+    params = torch.from_numpy(np.stack([recipe.draw(rng) for _ in range(PICTURES)]))
+    ours = measures(photometric(scene.expand(PICTURES, -1, -1, -1), params))
+    return {name: stats.ks_2samp(ours[name], torchvisions[name]).pvalue for name in ours}
+
+
+def test_what_becomes_of_a_picture_is_distributed_as_torchvisions(scene, torchvisions):
+    found = p_values(scene, torchvisions, Photometric())
+    assert min(found.values()) > 1e-3, found
+
+
+@pytest.mark.parametrize('changed, by', [
+    ('mean', dict(jitter=(0.2, 0.4, 0.4, 0.1))),
+    ('contrast', dict(jitter=(0.4, 0.2, 0.4, 0.1))),
+    ('saturation', dict(gray_prob=0.4)),
+    ('hue', dict(jitter=(0.4, 0.4, 0.4, 0.2))),
+    ('blur', dict(blur_sigma=(0.1, 1.0))),
+])
+def test_distributions_of_another_recipe_are_told_apart(scene, torchvisions, changed, by):
+    assert p_values(scene, torchvisions, Photometric(**by))[changed] < 1e-3
 
 
 def test_gray_of_gray_is_itself():

@@ -254,6 +254,25 @@ def test_views_are_normalised_on_the_device():
     torch.testing.assert_close(contrastive, (photometric(batch.views[1], batch.params[1]) - 0.4) / 0.2)
 
 
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_prefetched_views_are_those_of_the_batches_in_their_order(device):
+    if device == 'cuda' and not torch.cuda.is_available():
+        pytest.skip('needs a GPU')
+    loader = digits_loader(300, pin_memory=device == 'cuda')
+    to_device = ViewsToDevice([0.4], [0.2], device)
+    expected = [[view.cpu() for view in to_device(batch)] for batch in epoch_of(loader, 1)]
+    loader.set_epoch(1)
+    found = []
+    for batch, views in to_device.prefetch(loader):
+        found.append([view.clone() for view in views])
+        for view in views:
+            view.fill_(float('nan'))  # memory handed back by this step must not be that of the next one's views
+        del views
+    assert len(found) == len(expected) == 4
+    for views, others in zip(found, expected):
+        assert all(torch.equal(view.cpu(), other) for view, other in zip(views, others))
+
+
 def test_pinned_memory_can_be_asked_for():
     loader = digits_loader(20, pin_memory=True)
     assert loader.loader.pin_memory

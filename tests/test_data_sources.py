@@ -7,6 +7,7 @@ import pytest
 import torchvision
 from data_files import picture, write_classes, write_images, write_shards, write_tar
 from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
 from timm_cgh.data.decode import read_image, read_or_next, to_mode
@@ -61,6 +62,17 @@ def test_tar_opens_and_stays_closed_between_reads(tmp_path):
     dataset = open_dataset('', str(path), 'train', in_chans=1)
     assert len(dataset) == 4 and dataset[3][0].mode == 'L'
     assert dataset.reader.tar_state.tf is None  # forked workers would move each other's place in it
+
+
+def test_images_in_a_tar_and_in_a_tar_within_it_are_those_that_timm_reads(tmp_path):
+    write_classes(tmp_path / 'inner', 2)
+    write_tar(tmp_path / 'inner' / 'bird.tar', write_classes(tmp_path / 'more', 3, first=40))
+    path = str(write_tar(tmp_path / 'images.tar', tmp_path / 'inner'))
+    dataset, reference = open_dataset('', path), ReaderImageInTar(path, cache_tarfiles=False)
+    assert len(dataset) == len(reference) == 10
+    for index in range(10):
+        (file, target), (timms, timms_target) = dataset.reader[index], reference[index]
+        assert file.read() == timms.read() and target == timms_target
 
 
 def test_tar_inside_a_folder_of_splits(tmp_path):

@@ -170,6 +170,17 @@ def test_options_run(tmp_path, images, options):
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, model.head_hidden_size)
 
 
+def test_number_of_workers_changes_no_loss(tmp_path, images):
+    rows = []
+    for workers in (0, 2):
+        check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', workers,
+                       '--workers', workers, '--knn-interval', 0))
+        rows.append(rows_of(tmp_path / str(workers)))
+    for row in sum(rows, []):
+        row.pop('train_images_per_s')
+    assert rows[0] == rows[1] and len({row['train_loss'] for row in rows[0]}) == 2
+
+
 def test_start_from_weights(tmp_path, images):
     state = timm.create_model('test_resnet', num_classes=5).state_dict()
     torch.save(state, tmp_path / 'w.pth')

@@ -5,7 +5,7 @@ worked out from the parameters on the CPU, before they travel: no step waits for
 """
 import functools
 import math
-from typing import Callable, Optional
+from typing import Callable, List, Optional, Tuple
 
 import torch
 
@@ -14,6 +14,11 @@ from .views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION
 __all__ = ['adjust_hue', 'gaussian_blur', 'photometric', 'to_gray']
 
 _ORDERS = torch.tensor(JITTER_ORDERS)
+_HUES = (0, 2, -2)  # of red, green and blue, in sextants of the colour circle
+# On a CPU as many values per thread go through all operations together as stay in its cache: a pass over them takes
+# half as long as one over a whole batch. One image of 224 px has 150,528.
+_CACHED = 2 ** 18
+_BAND = 56  # pixels of a line that one product blurs on a CPU: beyond its band, the matrix of a whole line is zeros
 
 
 def to_gray(images: torch.Tensor) -> torch.Tensor:
@@ -25,43 +30,52 @@ def to_gray(images: torch.Tensor) -> torch.Tensor:
 
 
 def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of (B, 3, H, W) colours in [0, 1] by `shift` (B,), in turns of the colour circle."""
-    least, value = images.aminmax(dim=1)
-    chroma = value - least
+    """Turn the hue of (B, 3, H, W) colours, of any range, by `shift` (B,), in turns of the colour circle.
+
+    HSV without its case distinctions, which are slow: counted from red, in sextants, the hue is
+    (green + blue - red - least) / chroma + 1 with the sign of green - blue, and a channel rises with its nearness to
+    the channel's own hue.
+    """
     red, green, blue = images.unbind(1)
-    # sextant of the hue, counted from the largest channel; on ties red before green before blue
-    rise = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
-    base = torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
-    hue = rise.div_(torch.where(chroma == 0, 1.0, chroma)).add_(base).add_(6 * shift.view(-1, 1, 1))
+    chroma = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma.sub_(least)
+    hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp_min(torch.finfo(chroma.dtype).tiny)).add_(1)
+    hue.copysign_(green - blue)  # in [-3, 3]
+    least.sub_(chroma)
     out = torch.empty_like(images)
-    for channel, offset in enumerate((5, 3, 1)):  # a channel falls from value by chroma * (nearness of the hue)
-        k = (hue + offset).remainder_(6)
-        fall = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(value, chroma, fall, value=-1, out=out[:, channel])
+    for channel, centre in enumerate(_HUES):
+        turn = 6 * shift - centre
+        turn = turn - 6 * torch.round(turn / 6)
+        near = (hue + turn.view(-1, 1, 1)).abs_().sub_(3).abs_()  # 3 less the distance, which goes round the circle
+        torch.addcmul(least, chroma, near.clamp_(1, 2), out=out[:, channel])
     return out
 
 
-def _blend(images: torch.Tensor, ratio: torch.Tensor, to_mean: torch.Tensor, to_luma: torch.Tensor) -> torch.Tensor:
-    """In place: ratio * images + to_mean * mean luma + to_luma * luma, clipped; weights (B,).
+def _blend(images: torch.Tensor, weights: torch.Tensor, uses_mean: bool, uses_luma: bool) -> torch.Tensor:
+    """In place: weighted sum, clipped, of images in [0, 255], their mean luma and their luma; weights (B, 3).
 
     Brightness, contrast, saturation and grayscale are all of this form, so that a batch in which every image is due for
-    another of them needs one pass.
+    another of them needs one pass. What all weights of a kind leave out is not computed.
     """
-    luma = to_gray(images)
-    other = luma * to_luma.view(-1, 1, 1, 1)
-    other.addcmul_(luma.mean(dim=(1, 2, 3), keepdim=True), to_mean.view(-1, 1, 1, 1))
-    return images.mul_(ratio.view(-1, 1, 1, 1)).add_(other).clamp_(0, 1)
+    ratio, to_mean, to_luma = weights.view(-1, 3, 1, 1, 1).unbind(1)
+    if not uses_mean and not uses_luma:
+        return images.mul_(ratio).clamp_(0, 255)
+    other = luma = to_gray(images)
+    if uses_mean:
+        other = luma.mean(dim=(1, 2, 3), keepdim=True).mul_(to_mean)
+    if uses_luma:
+        other = luma * to_luma + other if uses_mean else luma * to_luma
+    return images.mul_(ratio).add_(other).clamp_(0, 255)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _mirrored(size: int, reach: int, device: torch.device) -> torch.Tensor:
-    """(2 reach + 1, size * size): entry [d, i, j] is 1 where pixel i + d - reach of a mirrored line is pixel j."""
-    source = torch.arange(size).unsqueeze(1) + torch.arange(-reach, reach + 1)  # (size, 2 reach + 1)
+    """(1, size, 2 reach + 1): which pixel of a mirrored line lies d - reach from pixel i."""
+    source = torch.arange(size).unsqueeze(1) + torch.arange(-reach, reach + 1)
     period = max(1, 2 * (size - 1))
     source = source.remainder(period)
-    source = torch.minimum(source, period - source)  # also where the reach exceeds the image
-    one_hot = torch.nn.functional.one_hot(source, size).permute(1, 0, 2)
-    return one_hot.reshape(2 * reach + 1, size * size).float().to(device)
+    return torch.minimum(source, period - source).unsqueeze(0).to(device)  # also where the reach exceeds the image
 
 
 def _blur_matrix(sigma: torch.Tensor, size: int, reach: int) -> torch.Tensor:
@@ -72,11 +86,12 @@ def _blur_matrix(sigma: torch.Tensor, size: int, reach: int) -> torch.Tensor:
     # each kernel ends at its own three sigmas: what is blurred does not depend on the rest of the batch
     weights = weights * (offsets.abs() <= torch.ceil(3 * sigma))
     weights = weights / weights.sum(dim=1, keepdim=True)  # (B, 2 reach + 1)
-    return (weights @ _mirrored(size, reach, sigma.device)).view(-1, size, size)
+    source = _mirrored(size, reach, sigma.device).expand(len(weights), -1, -1)
+    return weights.new_zeros(len(weights), size, size).scatter_add_(2, source, weights.unsqueeze(1).expand_as(source))
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor, reach: int) -> torch.Tensor:
-    """Blur each image by its own sigma: two products with banded matrices that hold the mirrored border.
+    """Blur each image by its own sigma: products with banded matrices that hold the mirrored border.
 
     Equal to torchvision's `gaussian_blur` with kernel size 2 * ceil(3 sigma) + 1, for images of any size.
 
@@ -86,63 +101,95 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor, reach: int) -> torc
         reach: px, at least three times the largest sigma
     """
     batch, chans, height, width = images.shape
+
+    def bands(size: int) -> List[Tuple[slice, slice]]:
+        step = _BAND if images.device.type == 'cpu' else size
+        return [(slice(i, i + step), slice(max(0, i - reach), i + step + reach)) for i in range(0, size, step)]
+
     columns = _blur_matrix(sigma, width, reach).transpose(1, 2)
     rows = columns.transpose(1, 2) if height == width else _blur_matrix(sigma, height, reach)
-    x = torch.bmm(images.reshape(batch, chans * height, width), columns).view(batch, chans, height, width)
-    x = torch.bmm(rows, x.transpose(1, 2).reshape(batch, height, chans * width))  # (B, H, C * W)
+    x = images.reshape(batch, chans * height, width)
+    x = torch.cat([torch.bmm(x[..., near], columns[:, near, band]) for band, near in bands(width)], dim=2)
+    x = x.view(batch, chans, height, width).transpose(1, 2).reshape(batch, height, chans * width)
+    x = torch.cat([torch.bmm(rows[:, band, near], x[:, near]) for band, near in bands(height)], dim=1)
     return x.view(batch, height, chans, width).transpose(1, 2)
 
 
 def _on_subset(images: torch.Tensor, touched: torch.Tensor, function: Callable, column: torch.Tensor) -> torch.Tensor:
-    """Apply `function` in place to the images of a (B,) CPU mask, each with its entry of `column` (B,) (CPU)."""
+    """Apply `function` to the images of a (B,) CPU mask, each with its entry of `column` (B,) (CPU)."""
     index = touched.nonzero().squeeze(1)
     if not len(index):
         return images
     column = column[index].to(images.device, non_blocking=True)
+    if len(index) == len(images):
+        return function(images, column)
     index = index.to(images.device, non_blocking=True)
     return images.index_copy_(0, index, function(images.index_select(0, index), column))
 
 
-def photometric(images: torch.Tensor, params: Optional[torch.Tensor]) -> torch.Tensor:
-    """Colour jitter in each image's own order, grayscale, blur (the contrastive view, Sec. 3.2).
+def _plan(params: torch.Tensor, chans: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Parameters (B, 7) -> (B, 4) operation in each turn, -1 none; (B, turns, 3) weights of `_blend`."""
+    order = params[:, 4].long()
+    operation = torch.where(order.unsqueeze(1) >= 0, _ORDERS[order.clamp(min=0)], -1)
+    factor = params.gather(1, operation.clamp(min=0))
+    blended = (operation == BRIGHTNESS) | (operation == CONTRAST)
+    if chans == 3:
+        blended |= operation == SATURATION
+    ratio = torch.where(blended, factor, 1)
+    other = 1 - ratio
+    weights = torch.stack([ratio, other * (operation == CONTRAST), other * (operation == SATURATION)], dim=2)
+    if chans == 3:
+        gray = (params[:, 5] > 0).float()
+        weights = torch.cat([weights, torch.stack([1 - gray, torch.zeros_like(gray), gray], dim=1).unsqueeze(1)], dim=1)
+    return operation, weights
+
+
+def _change(x: torch.Tensor, params: torch.Tensor, operation: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The changes of `photometric` to (B, C, H, W) images in [0, 255], which it may overwrite; the rest on the CPU."""
+    turns = (weights != torch.tensor([1.0, 0.0, 0.0])).any(dim=0).tolist()  # which weights of which turn do anything
+    turning = (operation == HUE) & (params[:, HUE:HUE + 1] != 0) & (x.shape[1] == 3)
+    weights = (weights.pin_memory() if x.is_cuda else weights).to(x.device, non_blocking=True)
+    for turn, (blends, *uses) in enumerate(turns):
+        if blends:
+            x = _blend(x, weights[:, turn], *uses)
+        if turn < 4:
+            x = _on_subset(x, turning[:, turn], adjust_hue, params[:, HUE])
+    sigma = params[:, 6]
+    reach = math.ceil(3 * float(sigma.max()))
+    return _on_subset(x, sigma > 0, lambda images, column: gaussian_blur(images, column, reach), sigma)
+
+
+def photometric(
+        images: torch.Tensor,
+        params: Optional[torch.Tensor],
+        mean: Optional[torch.Tensor] = None,
+        std: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Colour jitter in each image's own order, grayscale, blur (the contrastive view, Sec. 3.2), normalisation.
 
     Args:
         images: (B, C, H, W) uint8, C 1 or 3, on any device; of grey images saturation, hue and grayscale do nothing
         params: (B, 7) float32 rows of `Photometric.draw`, on the CPU; None leaves the images as they are
+        mean, std: (1, C, 1, 1) on the images' device, of pixels in [0, 1]; None: not normalised
 
     Returns:
-        (B, C, H, W) float32 in [0, 1], whatever autocast says
+        (B, C, H, W) float32, whatever autocast says; in [0, 1] where it is not normalised
 
     Raises:
         ValueError: neither 1 nor 3 channels
     """
-    chans = images.shape[1]
+    chans, on_cpu = images.shape[1], images.device.type == 'cpu'
     if chans not in (1, 3):
         raise ValueError(f'images have 1 or 3 channels, got {tuple(images.shape)}')
+    step = max(1, torch.get_num_threads() * _CACHED // math.prod(images.shape[1:]) if on_cpu else len(images))
+    plan = () if params is None else (params, *_plan(params, chans))
+    zero, unit = (0, 255) if mean is None else (255 * mean, 255 * std)
+    out = torch.empty(images.shape, device=images.device)
     with torch.autocast(images.device.type, enabled=False):
-        x = images.float().div_(255)
-        if params is None:
-            return x
-        order = params[:, 4].long()
-        operation = torch.where(order.unsqueeze(1) >= 0, _ORDERS[order.clamp(min=0)], -1)  # (B, 4): first, second, ...
-        factor = params.gather(1, operation.clamp(min=0))  # (B, 4)
-        blended = (operation == BRIGHTNESS) | (operation == CONTRAST)
-        if chans == 3:
-            blended |= operation == SATURATION
-        ratio = torch.where(blended, factor, 1)
-        plan = torch.stack([ratio, (1 - ratio) * (operation == CONTRAST), (1 - ratio) * (operation == SATURATION)])
-        if chans == 3:
-            gray = (params[:, 5] > 0).float()
-            plan = torch.cat([plan, torch.stack([1 - gray, torch.zeros_like(gray), gray]).unsqueeze(2)], dim=2)
-        idle = (plan[0] == 1).all(dim=0).tolist()  # turns in which nothing is blended
-        if images.is_cuda:
-            plan = plan.pin_memory()
-        weights = plan.to(images.device, non_blocking=True)  # (3, B, turns)
-        for turn, skip in enumerate(idle):
-            if not skip:
-                x = _blend(x, *weights[:, :, turn])
-            if chans == 3 and turn < 4:
-                x = _on_subset(x, (operation[:, turn] == HUE) & (params[:, HUE] != 0), adjust_hue, params[:, HUE])
-        sigma = params[:, 6]
-        reach = math.ceil(3 * float(sigma.max()))
-        return _on_subset(x, sigma > 0, lambda v, s: gaussian_blur(v, s, reach), sigma)
+        for start in range(0, len(images), step):
+            part = slice(start, start + step)
+            x = images[part].contiguous().float()
+            if params is not None:
+                x = _change(x, *(rows[part] for rows in plan))
+            torch.sub(x, zero, out=out[part]).div_(unit)
+    return out

@@ -1,8 +1,9 @@
 """timm data set -> batches of uint8 views on the CPU -> normalised views on the training device."""
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from timm_cgh.errors import InputError
 
@@ -21,8 +22,8 @@ __all__ = [
 class Batch(NamedTuple):
     """Views of a batch, photometric changes not yet made.
 
-    views: per view (B, C, size, size) uint8; params: per view (B, 7) float32 or None; target: (B,) int64, -1 unknown;
-    index: (B,) int64, -1 in streams; unreadable: names of images that were passed over.
+    views: per view (B, C, size, size) uint8, in memory channels last; params: per view (B, 7) float32 or None;
+    target: (B,) int64, -1 unknown; index: (B,) int64, -1 in streams; unreadable: names of images that were passed over.
     """
     views: List[torch.Tensor]
     params: List[Optional[torch.Tensor]]
@@ -34,7 +35,8 @@ class Batch(NamedTuple):
 def _collate(samples: Sequence[Tuple]) -> Batch:
     views, params, targets, indices, unreadable = zip(*samples)
     return Batch(
-        views=[torch.stack(view) for view in zip(*views)],
+        # stays channels last, and goes straight to shared memory in a worker
+        views=[default_collate([v.permute(1, 2, 0) for v in view]).permute(0, 3, 1, 2) for view in zip(*views)],
         params=[None if rows[0] is None else torch.stack(rows) for rows in zip(*params)],
         target=torch.tensor(targets),
         index=torch.tensor(indices),
@@ -65,9 +67,12 @@ class ViewDataset(Dataset):
 
     def __getitem__(self, key: Tuple[int, int]):
         epoch, index = key
-        image, target, unreadable = read_or_next(self.dataset, index, self.mode)
-        # drawn by the index asked for: a replacement does not look like its own turn in the epoch
-        views, params = cut_views(image, self.specs, self.seed, epoch, index)
+
+        def cut(image: Image.Image, mode: str):
+            # drawn by the index asked for: a replacement does not look like its own turn in the epoch
+            return cut_views(image, self.specs, self.seed, epoch, index, mode)
+
+        (views, params), target, unreadable = read_or_next(self.dataset, index, self.mode, cut)
         return views, params, target, index, unreadable
 
 
@@ -219,6 +224,25 @@ class ViewsToDevice:
     def __call__(self, batch: Batch) -> List[torch.Tensor]:
         """Per view (B, C, size, size) float32."""
         return [
-            photometric(view.to(self.device, non_blocking=True), params).sub_(self.mean).div_(self.std)
+            photometric(view.to(self.device, non_blocking=True), params, self.mean, self.std)
             for view, params in zip(batch.views, batch.params)
         ]
+
+    def prefetch(self, loader: Iterable[Batch]) -> Iterator[Tuple[Batch, List[torch.Tensor]]]:
+        """Each batch with its views; on a GPU the next ones travel and are augmented while it works on these."""
+        if self.device.type != 'cuda':
+            for batch in loader:
+                yield batch, self(batch)
+            return
+        stream, ready = torch.cuda.Stream(self.device), None
+        for batch in loader:
+            current = torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)  # the step before last may still read the memory that these views will reuse
+            with torch.cuda.stream(stream):
+                views = self(batch)
+            if ready is not None:
+                yield ready
+            current.wait_stream(stream)
+            ready = batch, views
+        if ready is not None:
+            yield ready

@@ -3,13 +3,14 @@ import os
 import re
 from typing import Any, Dict, List, Optional, Union
 
-from timm.data import IterableImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_cgh.errors import InputError
 
 from .digits import Digits
 from .shards import ShardReader
+from .tars import TarReader
 
 __all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'prefix_of']
 
@@ -163,10 +164,6 @@ def _check_opened(dataset: Dataset, name: str, target_key: Optional[str]) -> Non
         if target_key:
             raise InputError(f"--target-key {target_key}: the columns are {', '.join(columns)}")
         reader.target_key = reader.input_key  # unlabelled: what is no number counts as no class
-    if hasattr(reader, 'cache_tarfiles'):
-        # A tar kept open would be shared by forked workers, which then move each other's place in it, and cannot be sent
-        # to spawned ones. Opening it for each image costs about 15 us.
-        reader.cache_tarfiles = False
     if not is_stream(dataset) and not len(dataset):
         raise InputError(f'--dataset {name}: holds no images')
 
@@ -211,7 +208,8 @@ def open_dataset(
     _check_name(name, root, split, split_flag)
     if prefix_of(name) == '' or name.lower() in _TORCH_FOLDERS:
         root = _open_root(root, split, search_split, split_flag)
-    optional: Dict[str, Any] = dict(input_key=input_key, target_key=target_key)
+    asked = dict(input_key=input_key, target_key=target_key)
+    optional: Dict[str, Any] = {key: value for key, value in asked.items() if value}
     try:
         if name.lower() == 'torch/stl10':
             from torchvision.datasets import STL10
@@ -225,15 +223,17 @@ def open_dataset(
             num_samples=num_samples,
             seed=seed,
             input_img_mode=mode,
-            **{key: value for key, value in optional.items() if value},
+            **optional,
         )
         if prefix_of(name) == 'wds':
             dataset = IterableImageDataset(root, reader=ShardReader(name=name.partition('/')[2], **options))
+        elif not name and os.path.isfile(root):
+            dataset = ImageDataset(root, reader=TarReader(root, class_map=class_map, **optional), input_img_mode=mode)
         else:
             dataset = create_dataset(
                 name, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
     except TypeError as error:
-        given = next((key for key, value in optional.items() if value and key in str(error)), None)
+        given = next((key for key in optional if key in str(error)), None)
         if given:
             raise InputError(f"--{given.replace('_', '-')}: has no meaning for {name or root}") from error
         raise _explain(error, name, root, split, split_flag, download) from error

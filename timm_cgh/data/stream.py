@@ -6,7 +6,7 @@ from torch.utils.data import IterableDataset
 
 from timm_cgh.errors import InputError
 
-from .decode import to_label, to_mode
+from .decode import to_label
 from .views import ViewSpec, cut_views
 
 __all__ = ['ViewStream']
@@ -86,5 +86,5 @@ class ViewStream(IterableDataset):
         stream = self.rank * 4096 + worker  # no two workers draw the same numbers
         for count, (image, target) in zip(range(batches * self.batch_size), self._images(worker)):
             index = (stream << 40) + count
-            views, params = cut_views(to_mode(image, self.mode), self.specs, self.seed, self.epoch, index)
+            views, params = cut_views(image, self.specs, self.seed, self.epoch, index, self.mode)
             yield views, params, to_label(target), -1, self._unreadable()

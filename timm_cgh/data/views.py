@@ -10,9 +10,12 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from timm_cgh.errors import InputError
+
+from .decode import decode_pixels
 
 __all__ = ['JITTER_ORDERS', 'NUM_PHOTOMETRIC', 'Photometric', 'ViewSpec', 'cut_views', 'multi_crop', 'two_views',
            'view_rng']
@@ -22,7 +25,6 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 JITTER_ORDERS = tuple(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 # columns of a photometric row: four jitter factors, order (-1: no jitter), grayscale flag, blur sigma, px (0: no blur)
 NUM_PHOTOMETRIC = 7
-_RESAMPLE = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 
 
 class Photometric(NamedTuple):
@@ -176,32 +178,54 @@ def draw_crop(
     return left, top, left + w, top + h
 
 
+def _reduction(boxes: Sequence[Tuple[int, int, int, int]], specs: Sequence[ViewSpec]) -> int:
+    """By how much an image may be reduced, at most 8, before one of the crops has fewer pixels than its view."""
+    least = min(
+        min(right - left, bottom - top) / spec.size for (left, top, right, bottom), spec in zip(boxes, specs))
+    return next((reduction for reduction in (8, 4, 2) if least >= reduction), 1)
+
+
+def _resized_crop(pixels: np.ndarray, box: Sequence[int], size: int, interpolation: str) -> torch.Tensor:
+    """Crop (H, W, C) pixels, resize to (C, size, size); antialiased as Pillow does it, in a third of the time."""
+    left, top, right, bottom = box
+    crop = torch.from_numpy(pixels[None, top:bottom, left:right].copy()).permute(0, 3, 1, 2)
+    return F.interpolate(crop, (size, size), mode=interpolation, antialias=True).squeeze(0)
+
+
 def cut_views(
         image: Image.Image,
         specs: Sequence[ViewSpec],
         seed: int,
         epoch: int,
         index: int,
+        mode: str = 'RGB',
 ) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]]]:
-    """All views of one decoded image.
+    """All views of one image, which is decoded once, and no larger than they need it.
+
+    Crops are drawn from the size in the image's header. Where all are at least twice (four, eight times) as wide and
+    high as their views, a JPEG file is decoded at a half (quarter, eighth) of its size; their edges then move to whole
+    pixels of that size, by less than a pixel of the view.
 
     Args:
-        image: PIL image of mode `L` or `RGB`
+        image: as opened by Pillow, decoded or not
         specs: the views
         seed, epoch, index: see `view_rng`
+        mode: `L` or `RGB`
 
     Returns:
-        uint8 views (C, size, size) and, per view, its photometric row (7,) float32 or None
+        uint8 views (C, size, size), in memory channels last, and, per view, its photometric row (7,) float32 or None
     """
-    views, rows = [], []
+    boxes, flips, rows = [], [], []
     for number, spec in enumerate(specs):
         rng = view_rng(seed, epoch, index, number)
-        box = draw_crop(rng, *image.size, spec.scale, spec.ratio)
-        view = image.crop(box).resize((spec.size, spec.size), _RESAMPLE[spec.interpolation])
-        if rng.random() < spec.hflip:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.array(view)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        views.append(torch.from_numpy(np.ascontiguousarray(pixels)))
+        boxes.append(draw_crop(rng, *image.size, spec.scale, spec.ratio))
+        flips.append(rng.random() < spec.hflip)
         rows.append(torch.from_numpy(spec.photometric.draw(rng)) if spec.photometric is not None else None)
+    pixels, reduction = decode_pixels(image, mode, _reduction(boxes, specs))
+    views = []
+    for spec, (left, top, right, bottom), flip in zip(specs, boxes, flips):
+        width, height = (right - left) // reduction, (bottom - top) // reduction
+        x, y = round((left + right) / (2 * reduction) - width / 2), round((top + bottom) / (2 * reduction) - height / 2)
+        view = _resized_crop(pixels, (x, y, x + width, y + height), spec.size, spec.interpolation)
+        views.append(view.flip(2) if flip else view)
     return views, rows

@@ -47,6 +47,44 @@ def test_training_beside_its_step_and_its_loader(tmp_path, tar, workers):
     assert 'end to end' in done.stdout
 
 
+TINY = ['--batch-size', 4, '--turns', 2, '--repeats', 1, '--device', 'cpu']
+NETWORK = [*TINY, '--model', 'resnet10t', '--img-size', 32, '--bank-size', 32]
+
+
+def test_step_beside_its_floor_and_lightlys(tmp_path):
+    pytest.importorskip('lightly', reason='one of those that are compared')
+    done = benchmark('step', *NETWORK, '--lightly', '--json', tmp_path / 'a')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / 'a').read_text())
+    assert result['ms'].keys() == {'floor', 'cgh', 'lightly'} and min(result['ms'].values()) > 0
+    ratios = [cgh / floor for cgh, floor in zip(result['seconds']['cgh'], result['seconds']['floor'])]
+    assert result['ratio'] == pytest.approx(sum(ratios) / 2)  # the median of two
+
+
+def test_growth_with_bank_and_batch(tmp_path):
+    done = benchmark('loss', *TINY, '--bank-size', 4096, '--embed-dim', 16, '--json', tmp_path / 'a')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / 'a').read_text())
+    assert result['bank_sizes'] == [512, 1024, 2048, 4096] and len(result['ms']['products']) == 4
+    assert result['memory_mib'].keys() == {'4 x 512', '16 x 512', '4 x 4096', '16 x 4096'}
+
+
+def test_every_variant_is_measured(tmp_path):
+    done = benchmark('variants', *NETWORK, '--json', tmp_path / 'a')
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / 'a').read_text())['variants']
+    assert rows['global (ReSSL)']['relative_rate'] == rows['global (ReSSL)']['relative_memory'] == 1
+    assert rows['cross, predictor, multi-crop']['memory_mib'] > rows['global (ReSSL)']['memory_mib'] > 0
+    assert len(done.stdout.splitlines()) == 2 + len(rows)
+
+
+def test_processes_of_one_thread_beside_one_process():
+    env = dict(ENV, OMP_NUM_THREADS='2')
+    command = [sys.executable, str(REPOSITORY / 'benchmark.py'), 'processes', *map(str, NETWORK)]
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and '2 processes of one thread' in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize('args, named', [
     (['data'], '--data-dir'),
     (['e2e', '--data-dir', '{tar}', '--batch-size', 0], '--batch-size'),

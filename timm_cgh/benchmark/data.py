@@ -1,0 +1,152 @@
+"""The data path beside the official recipe, and training beside its step and its loader."""
+import argparse
+import itertools
+import random
+import statistics
+import time
+from typing import Any, Dict
+
+import torch
+from PIL import Image, ImageFilter
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
+
+from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, open_dataset, two_views
+from timm_cgh.data.decode import decode_pixels, read_image, simplejpeg
+from timm_cgh.errors import InputError
+
+from .step import cgh_step
+from .timing import median_ratio, timed
+
+__all__ = ['benchmark_data', 'benchmark_e2e']
+
+
+def open_images(args: argparse.Namespace) -> Dataset:
+    dataset = open_dataset(args.dataset, args.data_dir, args.split)
+    if is_stream(dataset):
+        raise InputError(f'--dataset {args.dataset}: must have its images in an order of their own; this is a stream')
+    return dataset
+
+
+def pillow_blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+
+
+class OfficialViews(Dataset):
+    """The authors' two views of each image: Pillow and torchvision, image by image, up to normalised floats."""
+
+    def __init__(self, dataset, size):
+        self.dataset = dataset
+        crop = [transforms.RandomResizedCrop(size, scale=(0.2, 1.0))]
+        end = [
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+        self.weak = transforms.Compose(crop + end)
+        self.contrastive = transforms.Compose(crop + [
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([pillow_blur], p=0.5),
+        ] + end)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, _ = read_image(self.dataset, index, 'RGB', Image.Image.convert)
+        return self.weak(image), self.contrastive(image)
+
+
+def benchmark_data(args: argparse.Namespace) -> Dict[str, Any]:
+    """CPU milliseconds per image, in one thread, of the authors' recipe and of ours, from the same files.
+
+    Either ends with a batch: theirs of normalised floats; ours of 8-bit views, ready for the device, and after the work
+    that is left to the device, done here. The floor decodes the images and does no more.
+    """
+    dataset = open_images(args)
+    dataset = Subset(dataset, range(min(args.images, len(dataset))))
+    loader = create_view_loader(dataset, two_views(args.img_size), args.batch_size)
+    official = DataLoader(OfficialViews(dataset, args.img_size), args.batch_size, drop_last=True)
+    to_device = ViewsToDevice(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, 'cpu')
+    torch.set_num_threads(1)
+    rows = {
+        'official': 'official recipe',
+        'uint8': 'ours, photometric work left to the device',
+        'whole': 'ours, photometric work on the same core',
+        'decode': 'floor: full decode alone',
+    }
+    ms = {name: [] for name in rows}
+    for turn in range(args.turns + 1):
+        spent = dict.fromkeys(rows, 0.0)
+
+        def charge(name, work):
+            began = time.process_time()
+            result = work()
+            spent[name] += time.process_time() - began
+            return result
+
+        loader.set_epoch(turn)
+        ours, theirs = iter(loader), iter(official)
+        for _ in range(len(loader)):  # batch by batch in turn: what else the machine does meets all alike
+            charge('official', lambda: next(theirs))
+            batch = charge('uint8', lambda: next(ours))
+            charge('whole', lambda: to_device(batch))
+            charge('decode', lambda: [read_image(dataset, i, 'RGB', decode_pixels) for i in batch.index.tolist()])
+        spent['whole'] += spent['uint8']
+        for name in rows if turn else ():  # the first turn warms up
+            ms[name].append(1000 * spent[name] / (len(loader) * args.batch_size))
+    decoder = 'simplejpeg' if simplejpeg else 'Pillow'
+    print(f'{len(dataset)} images, two views of {args.img_size} px, decoded by {decoder}')
+    print(f'{"":42}  ms/image  images/s  x official')
+    medians = {name: statistics.median(values) for name, values in ms.items()}
+    ratio = {name: median_ratio(ms['official'], values) for name, values in ms.items()}
+    for name, text in rows.items():
+        print(f'{text:42}  {medians[name]:8.2f}  {1000 / medians[name]:8.0f}  {ratio[name]:10.2f}')
+    return dict(decoder=decoder, cpu_ms_per_image=medians, times_official=ratio, turns=ms)
+
+
+def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
+    """Images per second of training as `train.py` does it, of its step on views that lie ready, and of its loader."""
+    device, size = torch.device(args.device), args.batch_size
+    dataset = open_images(args)
+    ahead = 2 * args.workers + 2  # batches that lie ready when a turn begins: not timed
+    wanted = size * (args.repeats + ahead)
+    dataset = Subset(dataset, [i % len(dataset) for i in range(max(wanted, len(dataset)))])  # epochs of some length
+    loader = create_view_loader(
+        dataset, two_views(args.img_size), size, workers=args.workers, pin_memory=device.type == 'cuda')
+    to_device = ViewsToDevice(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, device)
+
+    def epochs():
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            yield from loader
+
+    step, batches = cgh_step(args, device), epochs()
+    fixed = [torch.randn(size, 3, args.img_size, args.img_size, device=device) for _ in range(2)]
+    prefetched = to_device.prefetch(batches)
+    ways = {
+        'synthetic': lambda: step(fixed),
+        'loader': lambda: next(batches),
+        'e2e': lambda: step(next(prefetched)[1]),
+    }
+    rate = {name: [] for name in ways}
+    for turn in range(args.turns + 1):
+        for name, way in ways.items():
+            for _ in range(1 if name == 'synthetic' else ahead):
+                way()
+            seconds = timed(way, device, args.repeats)
+            if turn:  # the first turn warms up
+                rate[name].append(size / seconds)
+    bound = [min(pair) for pair in zip(rate['synthetic'], rate['loader'])]
+    result = dict(
+        images_per_s={name: statistics.median(values) for name, values in rate.items()},
+        of_synthetic=median_ratio(rate['e2e'], rate['synthetic']),
+        of_the_slower=median_ratio(rate['e2e'], bound),
+        turns=rate,
+    )
+    print(f'{args.model} {args.img_size} px, batch {size}, {args.workers} workers, {device}: images/s ' + ', '.join(
+        f'{name} {value:.1f}' for name, value in result['images_per_s'].items()))
+    print(f"end to end: {result['of_synthetic']:.3f} of synthetic, {result['of_the_slower']:.3f} of the slower of both")
+    return result

@@ -69,6 +69,7 @@ def test_growth_with_bank_and_batch(tmp_path):
     assert result['memory_mib'].keys() == {'4 x 512', '16 x 512', '4 x 4096', '16 x 4096'}
 
 
+@pytest.mark.slow  # eight processes
 def test_every_variant_is_measured(tmp_path):
     done = benchmark('variants', *NETWORK, '--json', tmp_path / 'a')
     assert done.returncode == 0, done.stderr

@@ -149,6 +149,10 @@ def test_batch_has_views_parameters_and_labels():
     assert batch.params[0] is None and batch.params[1].shape == (20, 7)
     assert batch.target.dtype == batch.index.dtype == torch.int64
     assert batch.target.tolist() == [dataset.targets[i] for i in batch.index.tolist()]
+    for place, index in enumerate(batch.index.tolist()):
+        views, params, *_ = ViewDataset(dataset, two_views(8), seed=7, mode='L')[0, index]
+        assert all(torch.equal(stacked[place], view) for stacked, view in zip(batch.views, views))
+        assert torch.equal(batch.params[1][place], params[1])
 
 
 @pytest.mark.parametrize('workers', [0, 2])

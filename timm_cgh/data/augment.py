@@ -61,11 +61,10 @@ def _blend(images: torch.Tensor, weights: torch.Tensor, uses_mean: bool, uses_lu
     ratio, to_mean, to_luma = weights.view(-1, 3, 1, 1, 1).unbind(1)
     if not uses_mean and not uses_luma:
         return images.mul_(ratio).clamp_(0, 255)
-    other = luma = to_gray(images)
-    if uses_mean:
-        other = luma.mean(dim=(1, 2, 3), keepdim=True).mul_(to_mean)
+    luma = to_gray(images)
+    other = luma.mean(dim=(1, 2, 3), keepdim=True) * to_mean
     if uses_luma:
-        other = luma * to_luma + other if uses_mean else luma * to_luma
+        other = luma * to_luma + other
     return images.mul_(ratio).add_(other).clamp_(0, 255)
 
 

@@ -81,14 +81,29 @@ def test_info_nce_matches_float64_reference(temp, batch, bank):
     check_against_float64(info_nce, reference_info_nce, q, k, unit(bank, 64, 2), temp, tolerance=tolerance)
 
 
-@pytest.mark.parametrize('values', [1, 200, 10 ** 9])
-def test_chunk_size_does_not_change_the_result(values, monkeypatch):
-    data = unit(37, 32, 0), unit(101, 32, 1), unit(37, 32, 2), unit(101, 32, 3), 0.1, 0.04
-    expected = loss_and_grad(relation_cross_entropy, *data)
-    monkeypatch.setattr(relation_module, '_CHUNK_VALUES_CPU', values)
-    loss, grad = loss_and_grad(relation_cross_entropy, *data)
-    torch.testing.assert_close(loss, expected[0])
-    torch.testing.assert_close(grad, expected[1])
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 60),
+    views=st.integers(1, 3),
+    bank=st.integers(2, 300),
+    chunk=st.sampled_from([1, 2000, 10 ** 9]),
+    tile=st.sampled_from([1, 100, 1000, 10 ** 9]),
+    temps=st.sampled_from([(0.1, 0.08), (0.08, 0.04)]),
+)
+def test_chunks_and_tiles_do_not_change_the_result(batch, views, bank, chunk, tile, temps):
+    z = unit(views * batch, 32, 0).view(views, batch, 32)
+    data = unit(bank, 32, 1), unit(batch, 32, 2), unit(bank, 32, 3), *temps
+    contrast = unit(batch, 32, 2), unit(bank, 32, 1), 0.2
+    sizes = relation_module._CHUNK_VALUES_CPU, relation_module._TILE_VALUES_CPU
+    try:
+        relation_module._CHUNK_VALUES_CPU, relation_module._TILE_VALUES_CPU = chunk, tile
+        check_against_float64(
+            relation_cross_entropy,
+            lambda z, *rest: torch.stack([reference_relation(view, *rest) for view in z]).mean(),
+            z, *data, tolerance=1e-5)
+        check_against_float64(info_nce, reference_info_nce, z[0], *contrast, tolerance=1e-5)
+    finally:
+        relation_module._CHUNK_VALUES_CPU, relation_module._TILE_VALUES_CPU = sizes
 
 
 def test_only_the_student_receives_a_gradient():

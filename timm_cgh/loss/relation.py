@@ -2,25 +2,63 @@
 
 Both have their gradient in the forward pass: with z a student embedding, Q its bank, t its temperature, s the softmax
 of z Q^T / t and p the target, dL/dz = (s - p) Q / t. Rows of the batch are independent, so the work goes chunk by chunk
-and nothing of the size (batch, bank) outlives its chunk; autograd keeps one (B, D) gradient. Softmax over the bank is
-float32 (or float64 where the embeddings are), whatever autocast says.
+and nothing of the size (batch, bank) outlives its chunk; autograd keeps one (B, D) gradient. A chunk goes over the bank
+in tiles that fit the processor's cache, once for the products with the bank's rows and the sums of their exponentials,
+once for the gradient. Softmax over the bank is float32 (or float64 where the embeddings are), whatever autocast says.
 """
-from typing import Iterator, Tuple
+from typing import Iterator, List, Tuple
 
 import torch
 
 __all__ = ['info_nce', 'relation_cross_entropy']
 
-# Values of one (chunk, bank) matrix: enough rows that the bank is read from memory few times, few enough that the
-# chunk's passes stay cheap (CPU) or leave the memory to the network (GPU).
-_CHUNK_VALUES_CPU = 2 ** 21
-_CHUNK_VALUES_GPU = 2 ** 26
+# Values of all (chunk, bank) matrices: enough rows that matrix products are fast and the bank is read from memory few
+# times, few enough to leave the memory to the network.
+_CHUNK_VALUES_CPU = 2 ** 25
+_CHUNK_VALUES_GPU = 2 ** 27
+_CHUNK_ROWS_CPU = 256
+# Values of one (chunk, tile) matrix on a CPU: a pass over 2 MB takes a fraction of one over the whole matrix. A GPU
+# would rather have few large kernels.
+_TILE_VALUES_CPU = 2 ** 19
 
 
-def _row_chunks(batch: int, bank: int, device: torch.device) -> Iterator[slice]:
-    values = _CHUNK_VALUES_CPU if device.type == 'cpu' else _CHUNK_VALUES_GPU
-    rows = max(16, values // max(bank, 1))
+def _row_chunks(batch: int, bank: int, matrices: int, device: torch.device) -> Iterator[slice]:
+    """Parts of the batch, for `matrices` of (rows, bank) that are held at a time."""
+    on_cpu = device.type == 'cpu'
+    rows = max(16, (_CHUNK_VALUES_CPU if on_cpu else _CHUNK_VALUES_GPU) // (matrices * max(bank, 1)))
+    rows = min(rows, _CHUNK_ROWS_CPU) if on_cpu else rows
     return (slice(start, min(start + rows, batch)) for start in range(0, batch, rows))
+
+
+def _tiles(bank: torch.Tensor, rows: int) -> Tuple[torch.Tensor, ...]:
+    return bank.split(max(1, _TILE_VALUES_CPU // rows) if bank.device.type == 'cpu' else max(1, len(bank)))
+
+
+class _TiledSoftmax:
+    """Softmax of rows whose logits come tile by tile: exponentials relative to each tile's own maximum, until all are
+    known.
+    """
+
+    def __init__(self):
+        self.exps: List[torch.Tensor] = []
+        self.peaks: List[torch.Tensor] = []
+        self.sums: List[torch.Tensor] = []
+
+    def add(self, logits: torch.Tensor) -> torch.Tensor:
+        """Next (rows, tile) logits, which are overwritten; gives their exponentials."""
+        peak = logits.amax(dim=1, keepdim=True)
+        self.exps.append(logits.sub_(peak).exp_())
+        self.peaks.append(peak)
+        self.sums.append(logits.sum(dim=1, keepdim=True))
+        return logits
+
+    def finish(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """-> (rows, 1) logsumexp; (tiles, rows, 1) factors that make the exponentials of a tile probabilities."""
+        peaks = torch.stack(self.peaks)
+        peak = peaks.amax(dim=0)
+        relative = (peaks - peak).exp_()
+        total = (torch.stack(self.sums) * relative).sum(dim=0)
+        return total.log() + peak, relative / total
 
 
 def _check(temp: float, *pairs: Tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -51,16 +89,32 @@ class _RelationCrossEntropy(torch.autograd.Function):
             grad = torch.empty_like(z) if needs_grad else None
             losses = z.new_empty(z.shape[:2])
             entropies = z.new_empty(batch)
-            for rows in _row_chunks(batch, len(z_bank), z.device):
-                log_p = ((t[rows] / teacher_temp) @ t_bank.T).log_softmax(dim=1)  # (b, D) @ (D, K) -> (b, K): Eq. 1, 4
-                p = log_p.exp()
-                entropies[rows] = -torch.linalg.vecdot(p, log_p)
-                del log_p
-                for view in range(len(z)):  # of the same images: one target for all
-                    log_s = ((z[view, rows] / student_temp) @ z_bank.T).log_softmax(dim=1)  # Eq. 2, 4
-                    losses[view, rows] = -torch.linalg.vecdot(p, log_s)  # Eq. 3, 5
-                    if needs_grad:
-                        torch.mm(log_s.exp_().sub_(p), z_bank, out=grad[view, rows])  # (b, K) @ (K, D) -> (b, D)
+            for rows in _row_chunks(batch, len(z_bank), 1 + len(z), z.device):
+                zs, ts = z[:, rows].flatten(0, 1) / student_temp, t[rows] / teacher_temp
+                count = len(ts)
+                target, prediction = _TiledSoftmax(), _TiledSoftmax()
+                moments, crosses = [], []
+                z_tiles = _tiles(z_bank, max(len(zs), count))
+                for z_tile, t_tile in zip(z_tiles, t_bank.split(len(z_tiles[0]))):
+                    logits = ts @ t_tile.T  # (b, D) @ (D, tile) -> (b, tile): Eq. 1, 4
+                    p = target.add(logits.clone())
+                    moments.append(torch.linalg.vecdot(p, logits))
+                    logits = zs @ z_tile.T  # (n b, tile): Eq. 2, 4
+                    # of several views of the same images, which have one target
+                    crosses.append(torch.linalg.vecdot(p, logits.view(-1, *p.shape)))
+                    prediction.add(logits)
+                t_total, p_scale = target.finish()
+                z_total, s_scale = prediction.finish()
+                weights = p_scale.squeeze(2)  # (tiles, b)
+                entropies[rows] = t_total.squeeze(1) - (torch.stack(moments) * weights).sum(dim=0)
+                # Eq. 3, 5: -sum p log s
+                losses[:, rows] = z_total.view(-1, count) - (torch.stack(crosses, dim=1) * weights).sum(dim=1)
+                if needs_grad:
+                    gradient = torch.zeros_like(zs)
+                    for z_tile, p, s, p_factor, s_factor in zip(z_tiles, target.exps, prediction.exps, p_scale, s_scale):
+                        s.mul_(s_factor).view(-1, *p.shape).addcmul_(p, p_factor, value=-1)  # s - p
+                        gradient.addmm_(s, z_tile)  # (n b, tile) @ (tile, D) -> (n b, D)
+                    grad[:, rows] = gradient.view(-1, count, z.shape[2])
             if needs_grad:
                 ctx.save_for_backward(grad.div_(student_temp * losses.numel()).view_as(student))
             ctx.input_dtype = student.dtype
@@ -127,16 +181,21 @@ class _InfoNCE(torch.autograd.Function):
             needs_grad = ctx.needs_input_grad[0]
             grad = torch.empty_like(q) if needs_grad else None
             losses = q.new_empty(batch)
-            for rows in _row_chunks(batch, len(negatives), q.device):
+            for rows in _row_chunks(batch, len(negatives), 1, q.device):
                 scaled = q[rows] / temp
                 positive = torch.linalg.vecdot(scaled, k[rows]).unsqueeze(1)
-                log_s = torch.cat([positive, scaled @ negatives.T], dim=1).log_softmax(dim=1)  # (b, 1 + K)
-                losses[rows] = -log_s[:, 0]
+                prediction = _TiledSoftmax()
+                tiles = _tiles(negatives, len(scaled))
+                for tile in tiles:
+                    prediction.add(scaled @ tile.T)  # (b, D) @ (D, tile) -> (b, tile)
+                rest, scale = prediction.finish()
+                losses[rows] = torch.nn.functional.softplus(rest - positive).squeeze(1)  # all else against the positive
                 if needs_grad:
-                    s = log_s.exp_()
-                    torch.mm(s[:, 1:], negatives, out=grad[rows])
-                    # 1 - s_0 as the sum of the others: exact where s_0 is near 1
-                    grad[rows].addcmul_(s[:, 1:].sum(dim=1, keepdim=True), k[rows], value=-1)
+                    gradient = torch.zeros_like(scaled)
+                    for tile, s, factor in zip(tiles, prediction.exps, scale):
+                        gradient.addmm_(s.mul_(factor), tile)
+                    # the negatives' share of the probability: exact where the positive's is near 1
+                    grad[rows] = (gradient - k[rows]) * (rest - positive).sigmoid()
             if needs_grad:
                 ctx.save_for_backward(grad.div_(temp * batch))
             ctx.input_dtype = query.dtype

@@ -129,7 +129,7 @@ def main(argv=None):
     scaling = args.batch_size * args.world_size / 256
     heads = LinearHeads(val_features.shape[1], num_classes, args.lr, seed=args.seed).to(device)
     groups = [dict(group, lr=group['lr'] * scaling) for group in heads.param_groups()]
-    optimizer = torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, foreach=True)
+    optimizer = torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs * len(loader), t_in_epochs=False)
     start_epoch = 0
     if state is not None:

@@ -171,7 +171,7 @@ def main(argv=None):
         param_groups(classifier, args.lr * scaling, args.lr_head * scaling),
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        foreach=True,
+        fused=True,
     )
     scheduler = MultiStepLR(optimizer, args.decay_milestones, gamma=args.decay_rate)
     scaler = utils.NativeScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None

@@ -345,12 +345,10 @@ def main(argv=None):
     if args.sync_bn:
         task.convert_sync_batchnorm()
     with blame('--opt', args.opt):
-        optimizer = create_optimizer_v2(
-            task.student,
-            **optimizer_kwargs(cfg=args),
-            filter_bias_and_bn=args.no_decay_norm_bias,
-            foreach=True if args.opt in ('momentum', 'sgd', 'adam', 'adamw') else None,  # torch would loop on a CPU
-        )
+        options = optimizer_kwargs(cfg=args)
+        if args.opt in ('momentum', 'sgd', 'adam', 'adamw') and not options.get('foreach'):
+            options.setdefault('fused', True)  # torch's own: one pass over the parameters, on any device
+        optimizer = create_optimizer_v2(task.student, filter_bias_and_bn=args.no_decay_norm_bias, **options)
     schedule = scheduler_kwargs(args)
     schedule.update(
         num_epochs=args.epochs - args.warmup_epochs,  # the stated epochs hold the warm-up, which timm would add

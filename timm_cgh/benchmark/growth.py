@@ -27,8 +27,9 @@ def relation_loss(args: argparse.Namespace, bank_size: int, batch_size: int) -> 
 
     banks = {name: MemoryBank(bank_size, args.embed_dim).to(device) for name in ('global', 'hyper')}
     teacher, embeddings, criterion = Contexts(unit(batch_size), unit(batch_size)), unit(batch_size), CrossContextLoss()
-    rows = min(batch_size, max(16, 2 ** 21 // bank_size))
-    logits = torch.empty(rows, bank_size, device=device)
+    # on a CPU in parts whose result stays in the cache
+    rows, tile = (min(batch_size, 256), 2048) if device.type == 'cpu' else (batch_size, bank_size)
+    logits = torch.zeros(rows, min(tile, bank_size), device=device)
 
     def loss():
         student = Contexts(*(embeddings.clone().requires_grad_() for _ in range(2)))
@@ -36,12 +37,13 @@ def relation_loss(args: argparse.Namespace, bank_size: int, batch_size: int) -> 
 
     def products():
         for bank in banks.values():
-            for start in range(0, batch_size, rows):
-                part = embeddings[start:start + rows]
-                out = logits[:len(part)]
-                torch.mm(part, bank.embeddings.T, out=out)
-                torch.mm(part, bank.embeddings.T, out=out)
-                torch.mm(out, bank.embeddings)
+            for part in embeddings.split(rows):
+                gradient = torch.zeros_like(part)
+                for some in bank.embeddings.split(tile):
+                    out = logits[:len(part), :len(some)]
+                    torch.mm(part, some.T, out=out)
+                    torch.mm(part, some.T, out=out)
+                    gradient.addmm_(out, some)
 
     return loss, products
 

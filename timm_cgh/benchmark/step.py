@@ -50,7 +50,7 @@ def cgh_step(args: argparse.Namespace, device: torch.device, **variant: Any) -> 
         task.compile()
     if dist.is_initialized():
         task.prepare_distributed()
-    optimizer = create_optimizer_v2(task.student, 'momentum', lr=0.01, weight_decay=1e-4, foreach=True)
+    optimizer = create_optimizer_v2(task.student, 'momentum', lr=0.01, weight_decay=1e-4, fused=True)
 
     def step(views):
         with autocast(args, device):

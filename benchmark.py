@@ -71,6 +71,8 @@ for what, function in COMMANDS.items():
         sub.add_argument('--lightly', action='store_true', help="lightly's MoCo in the same run")
     if what == 'e2e':
         sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1))
+        sub.add_argument('--lightly-train', nargs='*', default=[], choices=('simclr', 'dino', 'densecl'),
+                         help='methods of LightlyTrain on the same files (pip install lightly-train)')
 
 
 def processor():
@@ -84,6 +86,7 @@ def processor():
 
 def main(argv=None):
     args = parser.parse_args(argv)
+    torch.backends.cuda.matmul.allow_tf32 = getattr(args, 'amp', False)  # as in train.py
     result = COMMANDS[args.what](args)
     on_gpu = torch.device(getattr(args, 'device', 'cpu')).type == 'cuda'
     result.update(

@@ -273,6 +273,7 @@ def main(argv=None):
     primary = utils.is_primary(args)
     _logger.setLevel(logging.INFO if primary else logging.WARNING)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = args.amp  # relation loss: within 1e-3, its sums in float32
     if args.config == DEFAULT_CONFIG:
         _logger.info(
             "No --data-dir and no --dataset: training on scikit-learn's 1,797 handwritten digits (configs/digits.yaml)")

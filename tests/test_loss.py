@@ -106,6 +106,22 @@ def test_chunks_and_tiles_do_not_change_the_result(batch, views, bank, chunk, ti
         relation_module._CHUNK_VALUES_CPU, relation_module._TILE_VALUES_CPU = sizes
 
 
+@pytest.mark.parametrize('temps', [(0.1, 0.04), (0.08, 0.04), (0.08, 0.1)])
+def test_products_in_tf32_change_the_loss_by_less_than_a_thousandth(temps):
+    """What `--amp` sets on a GPU: factors with 10 bits of mantissa, sums of their products in float32."""
+    def rounded(x):
+        return (x.view(torch.int32) + (1 << 12) >> 13 << 13).view(torch.float32)
+
+    student, teacher = unit(64, 512, 0), unit(64, 512, 1)
+    banks = [F.normalize(unit(4096, 512, seed) + 3 * x[torch.arange(4096) % 64], dim=1)  # near the embeddings, and far
+             for seed, x in ((2, student), (3, teacher))]
+    data = student, banks[0], teacher, banks[1]
+    loss, grad = loss_and_grad(relation_cross_entropy, *data, *temps)
+    other, other_grad = loss_and_grad(relation_cross_entropy, *map(rounded, data), *temps)
+    assert abs(float(other - loss)) < 1e-3
+    assert 0 < relative_error(other_grad, grad.double()) < 2e-2  # where s - p nearly cancels
+
+
 def test_only_the_student_receives_a_gradient():
     z, z_bank, t, t_bank = (unit(n, 16, n).requires_grad_() for n in (4, 9, 4, 9))
     relation_cross_entropy(z, z_bank, t, t_bank, 0.1, 0.04).backward()

@@ -1,6 +1,7 @@
 """The data path beside the official recipe, and training beside its step and its loader."""
 import argparse
 import itertools
+import os
 import random
 import statistics
 import time
@@ -9,6 +10,7 @@ from typing import Any, Dict
 import torch
 from PIL import Image, ImageFilter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
@@ -16,6 +18,7 @@ from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, open_dat
 from timm_cgh.data.decode import decode_pixels, read_image, simplejpeg
 from timm_cgh.errors import InputError
 
+from .lightly_train_rate import lightly_train_rate
 from .step import cgh_step
 from .timing import median_ratio, timed
 
@@ -108,11 +111,19 @@ def benchmark_data(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
-    """Images per second of training as `train.py` does it, of its step on views that lie ready, and of its loader."""
+    """Images per second of training as `train.py` does it, of its step on views that lie ready, and of its loader.
+
+    With `--lightly-train` also of LightlyTrain's methods on the same files, with their own augmentation and precision.
+    """
     device, size = torch.device(args.device), args.batch_size
     dataset = open_images(args)
     ahead = 2 * args.workers + 2  # batches that lie ready when a turn begins: not timed
     wanted = size * (args.repeats + ahead)
+    if args.lightly_train:
+        if not os.path.isdir(args.data_dir or ''):
+            raise InputError(f'--lightly-train: needs a folder of images as --data-dir, got {args.data_dir}')
+        files = [os.path.abspath(path) for path, _ in find_images_and_targets(args.data_dir)[0]]
+        files = [files[i % len(files)] for i in range(wanted + size)]
     dataset = Subset(dataset, [i % len(dataset) for i in range(max(wanted, len(dataset)))])  # epochs of some length
     loader = create_view_loader(
         dataset, two_views(args.img_size), size, workers=args.workers, pin_memory=device.type == 'cuda')
@@ -139,14 +150,19 @@ def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
             seconds = timed(way, device, args.repeats)
             if turn:  # the first turn warms up
                 rate[name].append(size / seconds)
+        for method in args.lightly_train if turn else ():
+            rate.setdefault(method, []).append(lightly_train_rate(args, method, files, ahead))
     bound = [min(pair) for pair in zip(rate['synthetic'], rate['loader'])]
     result = dict(
         images_per_s={name: statistics.median(values) for name, values in rate.items()},
         of_synthetic=median_ratio(rate['e2e'], rate['synthetic']),
         of_the_slower=median_ratio(rate['e2e'], bound),
+        times_lightly_train={method: median_ratio(rate['e2e'], rate[method]) for method in args.lightly_train},
         turns=rate,
     )
     print(f'{args.model} {args.img_size} px, batch {size}, {args.workers} workers, {device}: images/s ' + ', '.join(
         f'{name} {value:.1f}' for name, value in result['images_per_s'].items()))
     print(f"end to end: {result['of_synthetic']:.3f} of synthetic, {result['of_the_slower']:.3f} of the slower of both")
+    for method, ratio in result['times_lightly_train'].items():
+        print(f"LightlyTrain's {method}: {result['images_per_s'][method]:.1f} images/s, ours {ratio:.2f} times that")
     return result

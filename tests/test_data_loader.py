@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 
@@ -20,6 +22,8 @@ from timm_cgh.data import (
 )
 from timm_cgh.data.augment import photometric
 from timm_cgh.errors import InputError
+
+from conftest import REPOSITORY
 
 
 def picture(seed=0, size=(20, 16), mode='RGB'):
@@ -226,6 +230,18 @@ def test_workers_outlive_the_first_sigterm_but_not_the_second():
         worker.join(5)
         epoch_of(loader, 1)
     assert not worker.is_alive()
+
+
+def test_a_process_that_fails_while_workers_wait_ends():
+    code = """
+from timm_cgh.data import Digits, create_view_loader, two_views
+batches = iter(create_view_loader(Digits(), two_views(8), batch_size=4, workers=2))
+next(batches)
+raise RuntimeError('out of memory')
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith('RuntimeError: out of memory')  # and no report of a worker after it
 
 
 def test_images_of_every_mode_are_read(tmp_path):

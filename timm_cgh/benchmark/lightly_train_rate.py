@@ -6,7 +6,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Sequence
+from typing import Any, List, Sequence
+
+import timm
+import torch
+import torch.nn as nn
 
 __all__ = ['lightly_train_rate']
 
@@ -38,27 +42,28 @@ def lightly_train_rate(args: argparse.Namespace, method: str, images: Sequence[s
             return json.load(file)
 
 
+_began: List[float] = []
+
+
+def _note(module: nn.Module, _: Any) -> None:
+    """A forward hook, which LightlyTrain pickles with the model."""
+    if module.training and torch.is_grad_enabled():  # the student's, not its teacher's
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        _began.append(time.perf_counter())
+
+
 def main(folder: str) -> None:
     import lightly_train
-    import timm
-    import torch
     with open(os.path.join(folder, 'options.json'), encoding='utf-8') as file:
         options = json.load(file)
     data, ahead, size = os.path.join(folder, 'images'), options['ahead'], options['batch_size']
     os.mkdir(data)
     for number, path in enumerate(options['images']):
         os.symlink(path, os.path.join(data, f'{number}{os.path.splitext(path)[1]}'))
-    began = []
-
-    def note(module, _):
-        if module.training and torch.is_grad_enabled():  # the student's, not its teacher's
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began.append(time.perf_counter())
-
     model = timm.create_model(options['model'], num_classes=0)
     first = next(module for module in model.modules() if not list(module.children()))
-    first.register_forward_pre_hook(note)
+    first.register_forward_pre_hook(_note)
     transform = dict(image_size=(options['img_size'], options['img_size']))
     if options['method'] == 'dino':
         transform['local_view'] = None
@@ -75,8 +80,7 @@ def main(folder: str) -> None:
         transform_args=transform,
     )
     steps = len(options['images']) // size
-    calls = len(began) // steps  # forward passes a step
-    starts = began[::calls]
+    starts = _began[::len(_began) // steps]  # of the forward passes of a step, the first
     with open(os.path.join(folder, 'rate.json'), 'w', encoding='utf-8') as file:
         json.dump(size * (steps - 1 - ahead) / (starts[-1] - starts[ahead]), file)
 

@@ -63,7 +63,8 @@ for what, function in COMMANDS.items():
         sub.add_argument('--embed-dim', type=at_least_one, default=512)
         continue
     sub.add_argument('--model', default='resnet18')
-    sub.add_argument('--context', default='cross')
+    if what != 'variants':
+        sub.add_argument('--context', default='cross')
     sub.add_argument('--amp', action='store_true', help='bfloat16')
     sub.add_argument('--channels-last', action='store_true')
     sub.add_argument('--torchcompile', action='store_true')

@@ -25,9 +25,12 @@ from timm_cgh.errors import InputError
 from timm_cgh.eval.comparison import Run, save_chart, save_tables, summarise
 from timm_cgh.files import atomic_write
 from timm_cgh.summary import read_rows
+from timm_cgh.settings import check_method
 from timm_cgh.task import PEERS
 
 _logger = logging.getLogger('train')
+# options of train.py by which a comparison may go on with others than it began with
+_MAY_DIFFER = ('config', 'data_dir', 'device', 'output', 'seed', 'workers')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -61,6 +64,13 @@ parser.add_argument('--seeds', nargs='+', type=natural, default=[42], metavar='N
 parser.add_argument('--output', default=os.path.join('output', 'compare'), metavar='DIR')
 
 
+def parse_training(options):
+    """Options of train.py, as it reads them itself."""
+    return train.parser.parse(
+        options, default_config=train.DEFAULT_CONFIG,
+        wants_default=lambda a: not a.config and not a.data_dir and not a.dataset)
+
+
 def call(script, options, log):
     """Run a script of this repository, what it says going to `log`; returns whether it succeeded."""
     command = [sys.executable, os.path.join(ROOT, script), *map(str, options)]
@@ -78,6 +88,8 @@ def judge(args, model, folder):
     for name in ('data_dir', 'dataset', 'train_split', 'val_split', 'class_map', 'input_key', 'target_key'):
         if getattr(args, name):
             data += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    data += [f"--{name.replace('_', '-')}" for name in ('dataset_download', 'dataset_trust_remote_code')
+             if getattr(args, name)]
     figures = []
     for name, script, options in (
             ('knn', 'eval_knn.py', []), ('linear', 'eval_linear.py', ['--cache-features', '--val-interval', 0])):
@@ -116,7 +128,8 @@ def run_method(args, name, seed, options) -> Optional[Run]:
         knn=knn,
         linear=linear,
         images_per_s=rates[len(rates) // 2],
-        peak_memory_mib=max(float(row['train_peak_memory_mib']) for row in rows),
+        peak_memory_mib=max((float(row['train_peak_memory_mib']) for row in rows if 'train_peak_memory_mib' in row),
+                            default=None),
         command=' '.join(map(str, ['python train.py', *method])),
     )
     _logger.info(f'{label}: kNN {knn:.2f} %, linear {linear:.2f} %, {run.images_per_s:.0f} images/s')
@@ -138,17 +151,31 @@ def judge_untrained(args, seed) -> Optional[Run]:
     return None if linear is None else Run('random weights', seed, knn, linear)
 
 
+def refuse_another(output, settings) -> None:
+    """Refuse a folder with runs of other settings: what is finished there would stand under the wrong title."""
+    path = os.path.join(output, 'args.yaml')
+    if not os.path.exists(path):
+        return
+    with open(path, encoding='utf-8') as file:
+        there = yaml.safe_load(file)['train']
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise InputError(f'--output {output}: holds a comparison with {name} {there.get(name)}, not {value}')
+
+
 def main(argv=None):
     own, options = parser.parse_known_args(argv)
     utils.setup_default_logging()
-    args = train.parser.parse(
-        options, default_config=train.DEFAULT_CONFIG,
-        wants_default=lambda a: not a.config and not a.data_dir and not a.dataset)
+    args = parse_training(options)
     args.output = own.output
     if args.dataset == 'digits' and not args.val_split:
         args.val_split = 'validation'
     if set(own.methods) & set(PEERS) and importlib.util.find_spec('lightly') is None:
         raise InputError(f"--methods: {', '.join(PEERS)} need the lightly library (pip install 'timm-cgh[peers]')")
+    for name in own.methods:
+        check_method(parse_training([*options, *METHODS[name].options]))
+    settings = yaml.safe_load(yaml.safe_dump({k: v for k, v in vars(args).items() if k not in _MAY_DIFFER}))
+    refuse_another(args.output, settings)
     os.makedirs(args.output, exist_ok=True)
     with atomic_write(os.path.join(args.output, 'args.yaml')) as file:
         yaml.safe_dump({**vars(own), 'train': vars(args)}, file, default_flow_style=None, sort_keys=False)
@@ -156,13 +183,15 @@ def main(argv=None):
     runs, failed = [], []
     for seed in own.seeds:
         args.seed = seed
-        runs.append(judge_untrained(args, seed))
+        untrained = judge_untrained(args, seed)
+        if untrained is None:
+            return 1  # what a trained one is judged by is the same
+        runs.append(untrained)
         for name in own.methods:
             run = run_method(args, name, seed, options)
             (failed if run is None else runs).append(f'{name}-{seed}' if run is None else run)
-            done = [run for run in runs if run is not None]
-            rows = summarise(done)
-            save_tables(rows, done, args.output)
+            rows = summarise(runs)
+            save_tables(rows, runs, args.output)
     drawn = save_chart(rows, os.path.join(args.output, 'compare.png'), f'{args.model}, {args.epochs} epochs')
     with open(os.path.join(args.output, 'compare.md'), encoding='utf-8') as file:
         print(file.read())

@@ -37,6 +37,7 @@ from timm_cgh.eval.setup import (
     what_is_judged, write_results)
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
+from timm_cgh.task import load_optimizer
 
 _logger = logging.getLogger('eval')
 
@@ -178,7 +179,7 @@ def main(argv=None):
     start_epoch = 0
     if state is not None:
         classifier.load_state_dict(state['classifier'])
-        optimizer.load_state_dict(state['optimizer'])
+        load_optimizer(optimizer, state['optimizer'])
         scheduler.load_state_dict(state['scheduler'])
         if scaler is not None and state['scaler'] is not None:
             scaler.load_state_dict(state['scaler'])

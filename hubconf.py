@@ -50,7 +50,7 @@ def cgh(backbone=None, checkpoint=None, **kwargs):
         backbone: timm model name; by default the one that the checkpoint's config.json names, else 'resnet50'
         checkpoint: None for random weights; or the export/ folder of a run; or 'hf-hub:owner/name'; or a .safetensors
             file, or a PyTorch file of tensors alone, with the keys of the timm model
-        **kwargs: whatever timm.create_model(backbone, ...) takes
+        **kwargs: whatever timm.create_model(backbone, ...) takes; a single file must have its in_chans
 
     Raises:
         FileNotFoundError: the checkpoint does not exist, or is a folder without config.json or model.safetensors
@@ -59,6 +59,7 @@ def cgh(backbone=None, checkpoint=None, **kwargs):
     kwargs.setdefault('num_classes', 0)
     if checkpoint is None:
         return _timm.create_model(backbone or 'resnet50', **kwargs)
+    kwargs.pop('pretrained', None)  # a checkpoint says as much
     checkpoint = str(checkpoint)
     if checkpoint.startswith(_HUB_PREFIX):
         checkpoint = _fetch_folder(checkpoint, cache_dir=kwargs.get('cache_dir'))
@@ -67,6 +68,9 @@ def cgh(backbone=None, checkpoint=None, **kwargs):
         return _load_folder(path, backbone and backbone.split('.')[0], **kwargs)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint '{path}' does not exist: give a file, a folder or hf-hub:owner/name")
-    model = _timm.create_model(backbone or 'resnet50', **kwargs)
+    num_classes = kwargs.pop('num_classes')
+    model = _timm.create_model(backbone or 'resnet50', num_classes=0, **kwargs)
     _load_weights(model, str(path))
+    if num_classes:
+        model.reset_classifier(num_classes)
     return model

@@ -8,6 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
+import timm
 import yaml
 
 from timm_cgh.arguments import Parser
@@ -58,7 +59,7 @@ def main(argv=None):
         code=args.code,
         float16=args.float16,
         task=args.include_task,
-        progress=read_checkpoint(checkpoint, mmap=True)['progress'] if checkpoint else None,
+        checkpoint=read_checkpoint(checkpoint, mmap=True) if checkpoint else None,
     )
     names = ['model.safetensors', 'config.json', 'README.md']
     if args.include_task:
@@ -73,7 +74,8 @@ def main(argv=None):
 
     commit = upload(folder, names, args.repo_id, args.private, args.revision)
     _logger.info(f"Published: timm.create_model('hf-hub:{args.repo_id}@{commit}', pretrained=True)")
-    _logger.info(f'As a registry entry, in timm_cgh/models/pretrained.py: {table_row(facts, commit)}')
+    if timm.is_model(f"cgh_{facts.config['architecture']}"):
+        _logger.info(f'As a registry entry, in timm_cgh/models/pretrained.py: {table_row(facts, commit)}')
     return 0
 
 

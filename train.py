@@ -444,7 +444,8 @@ def main(argv=None):
             if not primary:
                 continue
             row = {'epoch': epoch, **{f'train_{k}': v for k, v in means.items()}, 'train_images_per_s': round(rate, 1)}
-            row['train_peak_memory_mib'] = round(peak_memory(device))
+            if math.isfinite(memory := peak_memory(device)):
+                row['train_peak_memory_mib'] = round(memory)
             if knn_now is not None:
                 row['eval_knn'] = round(knn_now, 3)
             row['lr'] = optimizer.param_groups[0]['lr']

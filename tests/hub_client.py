@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 import timm_cgh  # noqa: F401  registers its models
 from timm_cgh.download import fetch, fetch_folder  # noqa: F401  called by the tests
 from timm_cgh.hub.publish import upload  # noqa: F401
-from timm_cgh.models import pretrained
+from timm_cgh.models import create_backbone, pretrained
 
 IMAGES = 'torch.linspace(-2, 2, 2 * 3 * 16 * 16).view(2, 3, 16, 16)'
 
@@ -63,6 +63,11 @@ def run(script, *args):
 @torch.no_grad()
 def features(name, **kwargs):
     return timm.create_model(name, pretrained=True, **kwargs).eval()(eval(IMAGES))
+
+
+def backbone(name, **kwargs):
+    """Width of the features of what train.py and the evaluation scripts build for `--model`."""
+    return create_backbone(name, pretrained=True, **kwargs).num_features
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ def results(folder, name='knn.json', **changes):
 
 def test_recipe_and_figures_come_from_the_run(run):
     progress = dict(knn_before=33.3, order=dict(world_size=4))
-    card = write(run(epochs=5, hidden_dim=77, momentum_teacher=0.987), progress=progress)
+    checkpoint = dict(progress=progress, state_dict={})
+    card = write(run(epochs=5, hidden_dim=77, momentum_teacher=0.987), checkpoint=checkpoint)
     for row in ('| Epochs | 3 of 5 |', '| Heads | hidden width 77, embeddings 512 |', '| Teacher momentum | 0.987 |',
                 '| Batch size | 256 x 4 processes |', '| Start | random weights |', 'No finished run: 3 of 5 epochs.',
                 '| kNN after epoch 3 | birds | 44.25 |', '| kNN before training | birds | 33.30 |'):
@@ -62,6 +63,34 @@ def test_recipe_and_figures_come_from_the_run(run):
 def test_card_says_where_a_run_did_not_start_from_nothing(run):
     assert "| Start | timm's pretrained weights |" in write(run(pretrained=True))
     assert '| Start | the weights of a checkpoint |' in write(run(initial_checkpoint='/secret/w.pth'))
+
+
+@pytest.mark.parametrize('method, rows', [
+    ('cgh', {'InfoNCE epochs', 'Teacher momentum', 'Temperatures', 'Memory bank', 'Hypercolumn stages'}),
+    ('moco', {'Teacher momentum', 'Memory bank'}),
+    ('byol', {'Teacher momentum'}),
+    ('simclr', set()),
+])
+def test_recipe_holds_what_the_method_has(run, method, rows):
+    card = write(run(method=method))
+    named = {'InfoNCE epochs', 'Teacher momentum', 'Temperatures', 'Memory bank', 'Hypercolumn stages'}
+    assert {name for name in named if f'| {name} |' in card} == rows
+
+
+def test_epochs_are_counted_where_a_run_went_on_in_another_folder(run):
+    folder = run(epochs=5)
+    (folder / 'summary.csv').write_text('epoch,train_loss\n3,5.0\n4,4.0\n')
+    assert '| Epochs | 5 of 5 |' in write(folder)
+
+
+def test_an_export_older_than_the_checkpoint_is_refused(run):
+    folder = run()
+    state = load_file(folder / 'export' / 'model.safetensors')
+    progress = dict(knn_before=None, order=dict(world_size=1))
+    write(folder, checkpoint=dict(progress=progress, state_dict=state))
+    later = {name: value + 1 for name, value in state.items()}
+    with pytest.raises(InputError, match="other weights than the run's last checkpoint"):
+        write(folder, checkpoint=dict(progress=progress, state_dict=later))
 
 
 def test_each_evaluation_has_its_protocol(run):
@@ -100,6 +129,13 @@ def test_figures_of_other_models_are_refused(run, change, said):
     with pytest.raises(InputError, match=f'--results .*{said}'):
         write(folder, results=[results(folder, **change)])
     assert not (folder / 'hub').exists()
+
+
+def test_figures_of_a_run_behind_a_link_are_taken(run):
+    folder = run()
+    folder.rename(folder.parent / 'run7')
+    folder.symlink_to('run7')
+    assert '| kNN, k = 20 | cifar10 | 61.50 |' in write(folder, results=[results(folder)])
 
 
 def test_figures_of_the_run_before_it_moved_are_taken(run):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from test_train import ENV
 
+import train
 from conftest import REPOSITORY
 from timm_cgh.eval.comparison import Run, save_chart, save_tables, summarise
 
@@ -65,6 +67,17 @@ def test_bad_options_are_one_line(tmp_path):
         done = compare(*DIGITS, *options, '--output', tmp_path / 'out')
         assert done.returncode == 2 and text in done.stderr and len(done.stderr.strip().splitlines()) == 1
         assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_of_other_settings_and_options_without_meaning_are_refused_before_any_run(tmp_path):
+    done = compare(*DIGITS, '--methods', 'cross', 'simclr', '--predictor', '--output', tmp_path / 'out')
+    assert done.returncode == 2 and '--predictor: has no meaning for --method simclr' in done.stderr
+    assert not (tmp_path / 'out').exists()
+    args = vars(train.parser.parse_args([str(option) for option in DIGITS]))
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({'train': {**args, 'epochs': 77}}))
+    done = compare(*DIGITS, '--methods', 'cross', '--output', tmp_path)
+    assert done.returncode == 2 and 'holds a comparison with epochs 77, not ' in done.stderr
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path):

@@ -222,6 +222,9 @@ def test_hub_loads_tensor_files(trained, images, tmp_path):
     for file in ('a.safetensors', 'a.pth'):
         model = hub('cgh', backbone='resnet18', checkpoint=str(tmp_path / file)).eval()
         assert torch.equal(model(images), trained(images))
+        classifier = hub('cgh', backbone='resnet18', checkpoint=str(tmp_path / file), num_classes=7, pretrained=True)
+        assert classifier.eval()(images).shape == (len(images), 7)
+        assert torch.equal(classifier.forward_head(classifier.forward_features(images), pre_logits=True), model(images))
 
 
 class Surprise:

@@ -284,6 +284,13 @@ def test_a_flipped_bit_is_refused_and_leaves_the_cache(published, client, hub, t
     assert Path(path).read_bytes() == (published.export / 'model.safetensors').read_bytes()
 
 
+def test_a_backbone_named_on_the_command_line_is_compared_as_well(published, client, hub, tmp_path):
+    hub.fault('GET /objects', 'flip')
+    with pytest.raises(RuntimeError, match='model.safetensors: has the hash'):
+        client(at_client.backbone, f'hf-hub:{published.repo_id}', cache_dir=str(tmp_path))
+    assert client(at_client.backbone, f'hf-hub:{published.repo_id}', cache_dir=str(tmp_path)) == 512
+
+
 def test_another_file_than_the_pinned_one_is_refused(published, client, tmp_path):
     with pytest.raises(RuntimeError, match='has the hash'):
         client(at_client.fetch_folder, published.repo_id, sha256='0' * 64, cache_dir=tmp_path)

@@ -4,12 +4,12 @@ import importlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,6 +385,8 @@ def test_a_run_is_not_overwritten_and_a_file_of_another_model_not_resumed(tmp_pa
     check_ok(train(*args, '--experiment', 'run'))
     before = {p: p.read_bytes() for p in (tmp_path / 'run').rglob('*') if p.is_file()}
     check_refused(capsys, [*args, '--experiment', 'run'], '--experiment run', '--resume auto')
+    shutil.copy(tmp_path / 'run' / 'last.pth.tar', tmp_path)  # another run's, which must not begin in this one's folder
+    check_refused(capsys, [*args, '--experiment', 'run', '--resume', tmp_path / 'last.pth.tar'], '--experiment run')
     other = [*args, '--experiment', 'other', '--resume', tmp_path / 'run' / 'last.pth.tar']
     check_refused(capsys, [*other, '--model', 'test_vit', '--img-size', 160], '--resume', 'test_resnet', 'test_vit')
     check_refused(capsys, [*other, '--embed-dim', 16], '--resume')

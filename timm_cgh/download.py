@@ -1,6 +1,7 @@
 """Files of the Hugging Face Hub in the client's own cache: whole, verified, and errors of one line without a token."""
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import time
@@ -35,7 +36,7 @@ def hub_reason(error: BaseException) -> str:
         return next((e for e in chain if isinstance(e, kinds)), None)
 
     answer = first(HfHubHTTPError)
-    status = answer.response.status_code if answer is not None else 0
+    status = getattr(getattr(answer, 'response', None), 'status_code', 0)  # before 1.0 the client may give none
     if first(OfflineModeIsEnabled):
         words = 'not in the cache, and HF_HUB_OFFLINE allows no download'
     elif first(GatedRepoError, RepositoryNotFoundError):
@@ -109,6 +110,8 @@ def fetch(
     Raises:
         RuntimeError: not to be had, or not the published content; one line that names repository and file
     """
+    for client in ('httpx', 'httpx2'):
+        logging.getLogger(client).setLevel(logging.WARNING)  # else they log the signed addresses of private files
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='timm-cgh')
@@ -118,7 +121,7 @@ def fetch(
                 raise RuntimeError(f'{repo_id} has no {filename}') from error
             raise RuntimeError(f'{repo_id}, {filename}: {hub_reason(error)}') from error
         except Exception as error:  # the client and the network raise what they like
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+            status = getattr(getattr(error, 'response', None), 'status_code', 0)
             if status < 500 or attempt == _ATTEMPTS:
                 raise RuntimeError(f'{repo_id}, {filename}: {hub_reason(error)}') from error
             time.sleep(2 ** (attempt - 1))
@@ -130,9 +133,11 @@ def fetch(
         try:
             verify(path, expected)
         except RuntimeError as error:
-            for bad in {path, blob}:
-                os.unlink(bad)
-            raise RuntimeError(f'{repo_id}, {filename}: {error}; removed from the cache, try again') from error
+            for bad in {path, blob, os.path.realpath(path)}:
+                with contextlib.suppress(OSError):  # another process was faster, or the cache is read-only
+                    os.unlink(bad)
+            done = 'it stays in' if os.path.lexists(path) else 'removed from'
+            raise RuntimeError(f'{repo_id}, {filename}: {error}; {done} the cache, try again') from error
     return path
 
 

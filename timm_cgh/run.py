@@ -23,8 +23,9 @@ from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, 
 from timm_cgh.hub import export_backbone, load_weights
 from timm_cgh.models import create_backbone
 from timm_cgh.report import save_curves
+from timm_cgh.summary import epochs_done
 from timm_cgh.task import (
-    PEERS, CGHTask, MomentumTask, create_task, find_resume, local_checkpoint, read_checkpoint)
+    PEERS, CGHTask, MomentumTask, create_task, find_resume, load_optimizer, local_checkpoint, read_checkpoint)
 
 __all__ = [
     'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
@@ -145,7 +146,8 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
         name, = names
     folder = os.path.join(args.output, name)
     resume = find_resume(folder) if args.resume == 'auto' else local_checkpoint(args.resume)
-    if not args.resume and os.path.exists(os.path.join(folder, 'last.pth.tar')):
+    here = args.resume == 'auto' or bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder)
+    if not here and os.path.exists(os.path.join(folder, 'last.pth.tar')):
         raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
     try:
         os.makedirs(folder, exist_ok=True)
@@ -171,7 +173,7 @@ def restore(
     state = read_checkpoint(path)
     try:
         task.load_checkpoint_state(state['state_dict'], state['task_state'])
-        optimizer.load_state_dict(state['optimizer'])
+        load_optimizer(optimizer, state['optimizer'])
         if scaler is not None and scaler.state_dict_key in state:
             scaler.load_state_dict(state[scaler.state_dict_key])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -218,7 +220,7 @@ def leave_files(
         os.path.join(folder, 'export'),
         **data_config,
         crop_pct=eval_crop_pct(data_config['input_size'][-1]),
-        tag=f"{f'cgh_{args.context}' if args.method == 'cgh' else args.method}_{len(rows)}ep",
+        tag=f"{f'cgh_{args.context}' if args.method == 'cgh' else args.method}_{epochs_done(rows)}ep",
         model_kwargs=model_kwargs,
     )
     files = ['args.yaml', 'summary.csv', 'last.pth.tar', 'export/']

@@ -32,12 +32,13 @@ def default_bank_size(num_images: int) -> int:
     return min(131072, 2 ** int(math.log2(max(1, num_images // 8))))
 
 
-def choose_settings(args: argparse.Namespace, num_images: int) -> None:
-    """Refuse settings that would train nothing, or not what was meant; choose what was left open, and say so."""
+def check_method(args: argparse.Namespace) -> None:
+    """Refuse options that have no meaning for the method."""
     if args.method != 'cgh':
         for flag, given in (
                 ('--context', args.context != 'cross'),
                 ('--predictor', args.predictor),
+                ('--weak-scale', args.weak_scale is not None),
                 ('--track-relations', args.track_relations is not None),
                 ('--multi-crop', args.multi_crop is not None and args.method in PEERS),
                 ('--shuffle-bn', args.shuffle_bn and args.method in PEERS),
@@ -45,13 +46,20 @@ def choose_settings(args: argparse.Namespace, num_images: int) -> None:
         ):
             if given:
                 raise InputError(f'{flag}: has no meaning for --method {args.method}')
+
+
+def choose_settings(args: argparse.Namespace, num_images: int) -> None:
+    """Refuse settings that would train nothing, or not what was meant; choose what was left open, and say so."""
+    check_method(args)
     if args.sync_bn and (args.world_size == 1 or args.device == 'cpu'):
         raise InputError('--sync-bn: needs several processes with a GPU each (--shuffle-bn works on any device)')
     auto = min(5.0, args.epochs / 4)
     if args.warmup_epochs is None:
         args.warmup_epochs = auto
-    if args.contrast_warmup_epochs is None:
-        args.contrast_warmup_epochs = 0.0 if args.context == 'global' or args.method != 'cgh' else auto
+    if args.method != 'cgh':
+        args.contrast_warmup_epochs = 0.0
+    elif args.contrast_warmup_epochs is None:
+        args.contrast_warmup_epochs = 0.0 if args.context == 'global' else auto
     for flag, value in (('warmup', args.warmup_epochs), ('contrast-warmup', args.contrast_warmup_epochs)):
         if value >= args.epochs:
             raise InputError(f'--{flag}-epochs {value:g}: as long as the run (--epochs {args.epochs}), take less')

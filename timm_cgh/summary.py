@@ -1,12 +1,12 @@
 """The epochs of a run, one row each: `summary.csv`, whole at any moment, and the boards that people watch."""
 import csv
 import os
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from timm_cgh.errors import blame
 from timm_cgh.files import atomic_write
 
-__all__ = ['Boards', 'Summary', 'read_rows']
+__all__ = ['Boards', 'Summary', 'epochs_done', 'read_rows']
 
 
 def read_rows(path: str) -> List[Dict[str, str]]:
@@ -15,6 +15,11 @@ def read_rows(path: str) -> List[Dict[str, str]]:
         return []
     with open(path, newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
+
+
+def epochs_done(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Epochs behind the last row; there may be fewer rows, where a run went on in another folder."""
+    return int(rows[-1]['epoch']) + 1 if rows else 0
 
 
 class Summary:

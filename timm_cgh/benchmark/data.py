@@ -10,7 +10,6 @@ from typing import Any, Dict
 import torch
 from PIL import Image, ImageFilter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
@@ -122,7 +121,7 @@ def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
     if args.lightly_train:
         if not os.path.isdir(args.data_dir or ''):
             raise InputError(f'--lightly-train: needs a folder of images as --data-dir, got {args.data_dir}')
-        files = [os.path.abspath(path) for path, _ in find_images_and_targets(args.data_dir)[0]]
+        files = [os.path.abspath(path) for path in dataset.filenames(absolute=True)]
         files = [files[i % len(files)] for i in range(wanted + size)]
     dataset = Subset(dataset, [i % len(dataset) for i in range(max(wanted, len(dataset)))])  # epochs of some length
     loader = create_view_loader(

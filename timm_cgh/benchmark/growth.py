@@ -99,6 +99,7 @@ def _gloo_process(rank: int, world: int, args: argparse.Namespace, port: int, co
 
 def benchmark_processes(args: argparse.Namespace) -> Dict[str, Any]:
     """Images per second of one process with all threads of the CPU, and of as many processes with one thread each."""
+    args.device = 'cpu'
     device, world = torch.device('cpu'), torch.get_num_threads()
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))

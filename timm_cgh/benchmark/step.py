@@ -41,7 +41,7 @@ def floor_step(args: argparse.Namespace, device: torch.device, images: torch.Ten
 
 def cgh_step(args: argparse.Namespace, device: torch.device, **variant: Any) -> Callable[[Any], None]:
     """A step of CGH on views, as `train.py` does it; `variant` are options of `create_task`."""
-    options = dict(dict(context=args.context, bank_size=args.bank_size, img_size=args.img_size), **variant)
+    options = dict(dict(bank_size=args.bank_size, img_size=args.img_size), **(variant or dict(context=args.context)))
     task = create_task(args.model, **options)
     task.to(device)
     if args.channels_last:
@@ -129,10 +129,10 @@ VARIANTS = {
     'global (ReSSL)': dict(context='global'),
     'moco': dict(context='global', method='moco'),
     'same': dict(context='same'),
-    'cross': dict(),
-    'cross, four stages': dict(out_indices=(-4, -3, -2, -1)),
-    'cross, predictor': dict(predictor=True),
-    'cross, predictor, multi-crop': dict(predictor=True),
+    'cross': dict(context='cross'),
+    'cross, four stages': dict(context='cross', out_indices=(-4, -3, -2, -1)),
+    'cross, predictor': dict(context='cross', predictor=True),
+    'cross, predictor, multi-crop': dict(context='cross', predictor=True),
 }
 
 

@@ -126,7 +126,7 @@ def multi_crop(
         sizes: sides of the crops, px, the full size first; none: 1, 6/7, 5/7, 4/7 and 3/7 of the full size, the paper's
             224, 192, 160, 128 and 96 px of 224
         scales: MIN MAX of each crop's share of the image area, one pair after another; none: the full-size view's, in
-            proportion to the crop's side, which at 224 px are those of the authors' code to the third decimal
+            proportion to the crop's side, which at 224 px are those of the authors' code within 0.003
 
     Raises:
         InputError: sizes that do not start with the full size or exceed it, scales that no crop can have or of another

@@ -91,6 +91,12 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
     method = args.get('method', 'cgh')
     context = _CONTEXTS[args['context']] if method == 'cgh' else f'global, by the method {method} in place of CGH'
     auto = 'automatic (at most 5, at most a quarter of the run)'
+    of_cgh = [
+        ('InfoNCE epochs', of('contrast_warmup_epochs', 'none' if args['context'] == 'global' else auto)),
+        ('Temperatures', temps),
+        ('Hypercolumn stages', of('out_indices', 'the last two, of one resolution evenly spaced ones')),
+    ]
+    bank = ('Memory bank', of('bank_size', 'an eighth of the images, as a power of two, at most 131072'))
     return [
         ('Architecture', ', '.join((facts.config['architecture'], *map('{0[0]}={0[1]}'.format, more.items())))),
         ('Images', f'{facts.dataset}, {size} px, mean {config["mean"]}, std {config["std"]}'),
@@ -102,12 +108,10 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Optimiser', f'{args["opt"]}, weight decay {args["weight_decay"]}, {args["sched"]} schedule'),
         ('Learning rate', of('lr', f'{args["lr_base"]} x global batch / {args["lr_base_size"]}')),
         ('Warm-up epochs', of('warmup_epochs', auto)),
-        ('InfoNCE epochs', of('contrast_warmup_epochs', 'none' if args['context'] == 'global' else auto)),
-        ('Teacher momentum', args['momentum_teacher']),
-        ('Temperatures', temps),
-        ('Memory bank', of('bank_size', 'an eighth of the images, as a power of two, at most 131072')),
+        *([('Teacher momentum', args['momentum_teacher'])] if method in ('cgh', 'moco', 'byol', 'dino') else []),
+        *(of_cgh if method == 'cgh' else []),
+        *([bank] if method in ('cgh', 'moco', 'nnclr') else []),
         ('Heads', f'hidden width {args["hidden_dim"]}, embeddings {args["embed_dim"]}'),
-        ('Hypercolumn stages', of('out_indices', 'the last two, of one resolution evenly spaced ones')),
         ('Crops', f'area {args["scale"]}, ratio {[round(r, 3) for r in args["ratio"]]}, flip {args["hflip"]}{crops}'),
         ('Jitter', f'{args["color_jitter"]} with probability {args["color_jitter_prob"]}'),
         ('Grey, blur', f'probability {args["grayscale_prob"]}, {args["gaussian_blur_prob"]}'),

@@ -96,7 +96,8 @@ def _check_model(results: Mapping[str, Any], architecture: str, export: Path) ->
     model, weights = str(results['model']), results.get('weights', 'its own')
     source, _, folder = model.partition(':')
     parts = Path(folder).parts[-2:]
-    same = source == 'local-dir' and parts and export.resolve().parts[-len(parts):] == parts
+    ways = (export.absolute(), export.resolve())  # which may differ by a link
+    same = source == 'local-dir' and parts and any(way.parts[-len(parts):] == parts for way in ways)
     if weights == 'random' and (same or model.split('.')[0] == architecture):
         return
     if not same or weights != 'its own':

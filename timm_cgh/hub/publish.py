@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import timm
+import torch
 import torch.nn as nn
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -17,7 +18,7 @@ from timm_cgh.download import hub_reason, redact
 from timm_cgh.errors import InputError, blame
 from timm_cgh.files import atomic_path, atomic_write
 from timm_cgh.models.weights import check_folder, load_folder
-from timm_cgh.summary import read_rows
+from timm_cgh.summary import epochs_done, read_rows
 
 from .card import PAPER, Facts, model_card
 from .convert import as_torchvision
@@ -92,6 +93,15 @@ def _write_weights(source: Path, target: Path, float16: bool) -> str:
         return hashlib.sha256(temp.read_bytes()).hexdigest()
 
 
+def _check_age(export: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an export that a run left before it went on and was cut off: the card would tell of other weights."""
+    exported = load_file(export / 'model.safetensors')
+    if any(name in trained and not torch.equal(value, trained[name]) for name, value in exported.items()):
+        raise InputError(
+            f"EXPORT {export}: other weights than the run's last checkpoint, which was cut off after that export; "
+            f'train.py --resume auto ends it properly')
+
+
 def _fits_torchvision(model: nn.Module) -> bool:
     try:
         as_torchvision(model)
@@ -111,7 +121,7 @@ def write_folder(
         code: Optional[str] = None,
         float16: bool = False,
         task: bool = False,
-        progress: Optional[Mapping[str, Any]] = None,
+        checkpoint: Optional[Mapping[str, Any]] = None,
 ) -> Facts:
     """Write what is published of a run: `model.safetensors`, `config.json`, and `README.md`, the model card.
 
@@ -126,13 +136,14 @@ def write_folder(
         code: GitHub repository of this code
         float16: store half precision
         task: the state of the pre-training is published as well
-        progress: of the run's last checkpoint, where there is one: its processes, and the kNN before training
+        checkpoint: content of the run's last one, where there is one: its weights must be the export's
 
     Returns:
         what the card was written from
 
     Raises:
-        InputError: not the export of a run, or broken; results of another model; metadata that the Hub refuses
+        InputError: not the export of a run, or broken, or older than the checkpoint; results of another model; metadata
+            that the Hub refuses
     """
     export, folder = Path(export), Path(folder)
     args, rows = read_args(export.parent), read_rows(export.parent / 'summary.csv')
@@ -141,8 +152,11 @@ def write_folder(
         if config['num_classes']:
             raise InputError(f"EXPORT {export}: has a classifier of {config['num_classes']} classes; give RUN/export")
         model = load_folder(export).eval()
+    if checkpoint is not None:
+        _check_age(export, checkpoint['state_dict'])
+    progress = {} if checkpoint is None else checkpoint['progress']
     dataset = dataset or data_name(args['dataset'], args['data_dir'])
-    figures = monitor_figures(rows, args, dataset, (progress or {}).get('knn_before'))
+    figures = monitor_figures(rows, args, dataset, progress.get('knn_before'))
     figures += [read_figure(path, config['architecture'], export) for path in results]
     with blame('--output', folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +167,8 @@ def write_folder(
         revision=revision,
         config=config,
         args=args,
-        epochs=len(rows),
-        processes=(progress or {}).get('order', {}).get('world_size'),
+        epochs=epochs_done(rows),
+        processes=progress.get('order', {}).get('world_size'),
         dataset=dataset,
         figures=figures,
         num_features=model.head_hidden_size,

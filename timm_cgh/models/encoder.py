@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 
+from timm_cgh.download import HUB_PREFIX, fetch_folder
 from timm_cgh.layers import Hypercolumn, Predictor, Projector
 from timm_cgh.loss import Contexts
 
@@ -15,6 +16,8 @@ __all__ = ['ContextEncoder', 'create_backbone', 'default_out_indices', 'is_featu
 
 def create_backbone(name: str, img_size: Optional[int] = None, **kwargs: Any) -> nn.Module:
     """`timm.create_model(name, num_classes=0)`, with `img_size` passed on to the models that take one.
+
+    Weights of the Hub are fetched by `timm_cgh.download`: safetensors alone, and compared with their hash.
 
     Models with positional embeddings or windows are built for one input size; the others refuse the argument and take
     any size.
@@ -25,10 +28,12 @@ def create_backbone(name: str, img_size: Optional[int] = None, **kwargs: Any) ->
         **kwargs: further arguments of `timm.create_model`
 
     Raises:
-        RuntimeError: timm knows no such model
+        RuntimeError: timm knows no such model; weights that are not to be had from the Hub, or not as published
     """
     if not kwargs.get('features_only'):
         kwargs.setdefault('num_classes', 0)
+    if kwargs.get('pretrained') and name.startswith(HUB_PREFIX):
+        name = f"local-dir:{fetch_folder(name, cache_dir=kwargs.get('cache_dir'))}"
     if img_size is not None:
         try:
             return timm.create_model(name, img_size=img_size, **kwargs)

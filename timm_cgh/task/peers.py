@@ -189,6 +189,7 @@ def _nnclr(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
     hidden, width = options.hidden_dim, options.embed_dim
     contrast = losses.NTXentLoss(options.temperature or 0.1, gather_distributed=_distributed())
     neighbour = NNMemoryBankModule(size=(options.bank_size, width))
+    neighbour.gather_distributed = _distributed()
 
     def criterion(outputs: Outputs, _: Any) -> torch.Tensor:
         (first, first_prediction), (second, second_prediction) = outputs

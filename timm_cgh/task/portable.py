@@ -1,6 +1,5 @@
 """A run's checkpoint as safetensors, for other machines: tensors by name, all the rest as JSON in the header."""
 import json
-import logging
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
 
@@ -75,8 +74,6 @@ def local_checkpoint(name: Optional[str]) -> Optional[str]:
     """
     if name is None or not name.startswith(HUB_PREFIX):
         return name
-    for client in ('httpx', 'httpx2'):
-        logging.getLogger(client).setLevel(logging.WARNING)  # else they log the signed addresses of private files
     repo_id, revision = split_hub_name(name)
     with blame('--resume', name):
         return fetch(repo_id, TASK_FILE, revision)

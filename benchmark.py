@@ -69,6 +69,7 @@ for what, function in COMMANDS.items():
     sub.add_argument('--channels-last', action='store_true')
     sub.add_argument('--torchcompile', action='store_true')
     if what == 'step':
+        sub.add_argument('--parts', action='store_true', help='where the time beyond the floor goes')
         sub.add_argument('--lightly', action='store_true', help="lightly's MoCo in the same run")
     if what == 'e2e':
         sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1))

@@ -2,17 +2,19 @@
 import argparse
 import copy
 import statistics
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from timm_cgh.data import multi_crop, two_views
-from timm_cgh.models import create_backbone
+from timm_cgh.models import ContextEncoder, create_backbone
 from timm_cgh.progress import peak_memory
 from timm_cgh.task import create_task
 
+from .loss import relation_loss
 from .timing import autocast, in_turn, median_ratio, memory_of, random_images, timed
 
 __all__ = ['benchmark_step', 'benchmark_variants', 'cgh_step']
@@ -91,6 +93,37 @@ def lightly_moco_step(args: argparse.Namespace, device: torch.device, images: to
     return step
 
 
+def parts_of_step(args: argparse.Namespace, device: torch.device, images: torch.Tensor) -> Dict[str, Callable]:
+    """What a step does beyond its floor, each alone on data of its sizes; and the loss's matrix products, its own floor."""
+    task = create_task(args.model, context='cross', bank_size=args.bank_size, img_size=args.img_size).to(device)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    student, teacher = task.student, task.teacher
+    with torch.no_grad():
+        pooled, maps = student.forward_contexts(images)
+
+    def embed(encoder: ContextEncoder, pooled: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        hyper = encoder.hyper_projector(encoder.hypercolumn(maps))
+        return F.normalize(encoder.projector(pooled), dim=1).sum() + F.normalize(hyper, dim=1).sum()
+
+    def heads():
+        with torch.no_grad():
+            embed(teacher, pooled, maps)
+        embed(student, pooled.clone().requires_grad_(), [m.clone().requires_grad_() for m in maps]).backward()
+
+    parameters = [p for name, p in student.named_parameters() if not name.startswith('backbone.')]
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+    heads()
+    loss, products = relation_loss(argparse.Namespace(device=device, embed_dim=512), args.bank_size, len(images))
+    return {
+        'relation loss': loss,
+        'its products': products,
+        'hypercolumn, heads': heads,
+        'their SGD': optimizer.step,
+        'teacher update': task.update_ema,
+    }
+
+
 def benchmark_step(args: argparse.Namespace) -> Dict[str, Any]:
     """Milliseconds of a CGH step and of its floor, and peak memory.
 
@@ -106,6 +139,8 @@ def benchmark_step(args: argparse.Namespace) -> Dict[str, Any]:
     peak = peak_memory(device)  # of the process on a CPU: floor and libraries included
     if args.lightly:
         steps['lightly'] = lightly_moco_step(args, device, images)
+    if args.parts:
+        steps.update(parts_of_step(args, device, images))
     seconds = in_turn(args, device, steps)
     medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     result = dict(
@@ -119,6 +154,9 @@ def benchmark_step(args: argparse.Namespace) -> Dict[str, Any]:
         f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: '
         f"step {medians['cgh']:.1f} ms, floor {medians['floor']:.1f} ms, ratio {result['ratio']:.2f}, "
         f"{result['images_per_s']:.1f} images/s, peak {result['peak_memory_mib']:.0f} MiB")
+    if args.parts:
+        print('beyond the floor, ms: ' + ', '.join(
+            f'{name} {value:.1f}' for name, value in medians.items() if name not in ('floor', 'cgh', 'lightly')))
     if args.lightly:
         result['lightly_ratio'] = median_ratio(seconds['lightly'], seconds['floor'])
         print(f"lightly's MoCo: {medians['lightly']:.1f} ms, {result['lightly_ratio']:.2f} of the floor")

@@ -24,8 +24,8 @@ from timm_cgh.arguments import Parser, natural
 from timm_cgh.errors import InputError
 from timm_cgh.eval.comparison import Run, save_chart, save_tables, summarise
 from timm_cgh.files import atomic_write
-from timm_cgh.summary import read_rows
 from timm_cgh.settings import check_method
+from timm_cgh.summary import read_rows
 from timm_cgh.task import PEERS
 
 _logger = logging.getLogger('train')
@@ -128,8 +128,7 @@ def run_method(args, name, seed, options) -> Optional[Run]:
         knn=knn,
         linear=linear,
         images_per_s=rates[len(rates) // 2],
-        peak_memory_mib=max((float(row['train_peak_memory_mib']) for row in rows if 'train_peak_memory_mib' in row),
-                            default=None),
+        peak_memory_mib=max((float(memory) for row in rows if (memory := row.get('train_peak_memory_mib'))), default=None),
         command=' '.join(map(str, ['python train.py', *method])),
     )
     _logger.info(f'{label}: kNN {knn:.2f} %, linear {linear:.2f} %, {run.images_per_s:.0f} images/s')

@@ -1,5 +1,6 @@
 """The data path beside the official recipe, and training beside its step and its loader."""
 import argparse
+import importlib.util
 import itertools
 import os
 import random
@@ -121,6 +122,8 @@ def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
     if args.lightly_train:
         if not os.path.isdir(args.data_dir or ''):
             raise InputError(f'--lightly-train: needs a folder of images as --data-dir, got {args.data_dir}')
+        if importlib.util.find_spec('lightly_train') is None:
+            raise InputError('--lightly-train: needs LightlyTrain (pip install lightly-train)')
         files = [os.path.abspath(path) for path in dataset.filenames(absolute=True)]
         files = [files[i % len(files)] for i in range(wanted + size)]
     dataset = Subset(dataset, [i % len(dataset) for i in range(max(wanted, len(dataset)))])  # epochs of some length

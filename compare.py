@@ -122,13 +122,14 @@ def run_method(args, name, seed, options) -> Optional[Run]:
     if linear is None:
         return None
     rates = sorted(float(row['train_images_per_s']) for row in rows)
+    memory = [float(row['train_peak_memory_mib']) for row in rows if row.get('train_peak_memory_mib')]
     run = Run(
         method=METHODS[name].title,
         seed=seed,
         knn=knn,
         linear=linear,
         images_per_s=rates[len(rates) // 2],
-        peak_memory_mib=max((float(memory) for row in rows if (memory := row.get('train_peak_memory_mib'))), default=None),
+        peak_memory_mib=max(memory, default=None),
         command=' '.join(map(str, ['python train.py', *method])),
     )
     _logger.info(f'{label}: kNN {knn:.2f} %, linear {linear:.2f} %, {run.images_per_s:.0f} images/s')

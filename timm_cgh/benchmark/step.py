@@ -94,7 +94,7 @@ def lightly_moco_step(args: argparse.Namespace, device: torch.device, images: to
 
 
 def parts_of_step(args: argparse.Namespace, device: torch.device, images: torch.Tensor) -> Dict[str, Callable]:
-    """What a step does beyond its floor, each alone on data of its sizes; and the loss's matrix products, its own floor."""
+    """What a step does beyond its floor, each alone on data of its sizes; and the matrix products that the loss must do."""
     task = create_task(args.model, context='cross', bank_size=args.bank_size, img_size=args.img_size).to(device)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)

@@ -146,7 +146,8 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
         name, = names
     folder = os.path.join(args.output, name)
     resume = find_resume(folder) if args.resume == 'auto' else local_checkpoint(args.resume)
-    here = args.resume == 'auto' or bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder)
+    here = args.resume == 'auto' or (
+        bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
     if not here and os.path.exists(os.path.join(folder, 'last.pth.tar')):
         raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
     try:

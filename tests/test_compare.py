@@ -80,6 +80,7 @@ def test_a_folder_of_other_settings_and_options_without_meaning_are_refused_befo
     assert not (tmp_path / 'runs').exists()
 
 
+@pytest.mark.slow  # four processes
 def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path):
     done = compare(*DIGITS, '--methods', 'global', '--track-relations', 'top999', '--output', tmp_path)
     assert done.returncode == 1 and 'Failed: global-42' in done.stderr and 'top999' in done.stderr

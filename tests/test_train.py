@@ -105,6 +105,7 @@ def test_digits_by_default_says_so_and_leaves_all_files(tmp_path):
         assert torch.equal(model(x), plain(x))
 
 
+@pytest.mark.slow  # two whole runs
 def test_args_yaml_repeats_the_run(tmp_path, images):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'a', '--momentum-teacher', 0.9))
     check_ok(train('--config', tmp_path / 'a' / 'args.yaml', '--experiment', 'b'))
@@ -295,7 +296,7 @@ def test_knn_may_be_switched_on_by_a_resume(tmp_path, images):
     assert rows_of(tmp_path / 'run')[1]['eval_knn']
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4, '--log-interval', 1,
             '--workers', 1, '--knn-interval', 0, '--resume', 'auto', '--output', tmp_path]

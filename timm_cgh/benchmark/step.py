@@ -43,8 +43,8 @@ def floor_step(args: argparse.Namespace, device: torch.device, images: torch.Ten
 
 def cgh_step(args: argparse.Namespace, device: torch.device, **variant: Any) -> Callable[[Any], None]:
     """A step of CGH on views, as `train.py` does it; `variant` are options of `create_task`."""
-    options = dict(dict(bank_size=args.bank_size, img_size=args.img_size), **(variant or dict(context=args.context)))
-    task = create_task(args.model, **options)
+    variant = variant or dict(context=args.context)
+    task = create_task(args.model, bank_size=args.bank_size, img_size=args.img_size, **variant)
     task.to(device)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)

@@ -1,4 +1,5 @@
 """What several test modules share."""
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,3 +22,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f'no real data sets at {SHARED_DATA}')
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def no_handler_stays():
+    """A script that a test calls in this process has the root logger write to that test's stderr, which is closed
+    when the test ends: the next one to log would get tracebacks on its own."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)

@@ -86,11 +86,11 @@ def _unit_rows(features: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def chunk_size(count: int) -> int:
-    """Test images at a time against `count` training images: 26 to 51 MB of similarities, but 64 to 1024 images.
+    """Test images at a time against `count` training images: 26 to 102 MB of similarities, but 64 to 1024 images.
 
     oneDNN's come in new memory, which the C library has at hand below 32 MiB.
     """
-    return max(64, min(1024, (6_400_000 if _ONEDNN else 12_800_000) // count))
+    return max(64, min(1024, (6_400_000 if _ONEDNN else 25_600_000) // count))
 
 
 def _fitting(ks: Sequence[int], count: int) -> Tuple[int, ...]:

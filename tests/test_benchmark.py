@@ -7,15 +7,12 @@ import sys
 
 import pytest
 from data_files import write_classes, write_tar
+from script_runner import run_script
 
 from conftest import REPOSITORY
 
-ENV = dict(os.environ, OMP_NUM_THREADS='1')
-
-
 def benchmark(*args):
-    command = [sys.executable, str(REPOSITORY / 'benchmark.py'), *map(str, args)]
-    return subprocess.run(command, env=ENV, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    return run_script('benchmark.py', *args)
 
 
 @pytest.fixture
@@ -86,7 +83,7 @@ def test_every_variant_is_measured(tmp_path):
 
 
 def test_processes_of_one_thread_beside_one_process():
-    env = dict(ENV, OMP_NUM_THREADS='2')
+    env = dict(os.environ, OMP_NUM_THREADS='2')
     command = [sys.executable, str(REPOSITORY / 'benchmark.py'), 'processes', *map(str, NETWORK)]
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and '2 processes of one thread' in done.stdout, done.stderr

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from script_runner import run_script
 from test_relations import naive
 
 from timm_cgh import MemoryBank, create_task
@@ -85,9 +86,7 @@ def test_tracking_changes_nothing_that_is_trained_and_is_not_paid_for_when_off()
 
 
 def train(*args):
-    command = [sys.executable, 'train.py', *map(str, args)]
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+    return run_script('train.py', *args)
 
 
 TINY = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in-chans', 1, '--hflip', 0,

@@ -19,20 +19,20 @@ import yaml
 from PIL import Image
 
 from conftest import REPOSITORY
+from script_runner import ENV, run_script
 from timm_cgh.task import read_checkpoint
 
 # a network, heads and a data set small enough that a run is a matter of seconds
 TINY = ['--model', 'test_resnet', '--img-size', '16', '--hidden-dim', '16', '--embed-dim', '8', '--bank-size', '16',
         '--batch-size', '8', '--workers', '0', '--lr', '0.03', '--knn-interval', '1', '--device', 'cpu']
-ENV = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
 
 
 def command(*args):
     return [sys.executable, str(REPOSITORY / 'train.py'), *map(str, args)]
 
 
-def train(*args, env=ENV, cwd=REPOSITORY):
-    return subprocess.run(command(*args), env=env, cwd=cwd, capture_output=True, text=True, timeout=240)
+def train(*args, cwd=REPOSITORY):
+    return run_script('train.py', *args, cwd=cwd)
 
 
 def check_ok(done):
@@ -150,8 +150,10 @@ def test_two_epochs_on_every_source(tmp_path, sources, source):
 def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
     env = dict(ENV, HF_HOME=str(tmp_path / 'cache'))
     name = f"hfds/{os.path.relpath(shared_data / 'cifar10', REPOSITORY)}"
-    text = check_ok(train(*TINY, '--dataset', name, '--train-split', 'train[:64]', '--knn-images', 32, '--epochs', 2,
-                          '--output', tmp_path, '--experiment', 'run', env=env))
+    text = check_ok(subprocess.run(
+        command(*TINY, '--dataset', name, '--train-split', 'train[:64]', '--knn-images', 32, '--epochs', 2,
+                '--output', tmp_path, '--experiment', 'run'),
+        env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=240))
     assert 'images of test against' in text and len(rows_of(tmp_path / 'run')) == 2
 
 
@@ -178,7 +180,8 @@ def test_number_of_workers_changes_no_loss(tmp_path, images):
                        '--workers', workers, '--knn-interval', 0))
         rows.append(rows_of(tmp_path / str(workers)))
     for row in sum(rows, []):
-        row.pop('train_images_per_s')
+        for measured in ('train_images_per_s', 'train_peak_memory_mib'):
+            row.pop(measured)
     assert rows[0] == rows[1] and len({row['train_loss'] for row in rows[0]}) == 2
 
 
@@ -248,8 +251,9 @@ RESUMED = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch
 
 def check_kill_and_resume(tmp_path, kills, seed):
     """Train once through, and once killed `kills` times at random moments; both must end the same."""
-    began = time.time()
-    check_ok(train(*RESUMED, '--output', tmp_path, '--experiment', 'whole'))
+    began = time.time()  # of a start like those that are killed
+    check_ok(subprocess.run(command(*RESUMED, '--output', tmp_path, '--experiment', 'whole'), env=ENV, cwd=REPOSITORY,
+                            capture_output=True, text=True, timeout=240))
     duration = time.time() - began
     rng = random.Random(seed)
     killed = 0

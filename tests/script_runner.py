@@ -1,0 +1,49 @@
+"""Run a root script in a process of its own, as from a shell, but without the seconds that it takes to import torch and
+timm: a fork server has done that once, and computed nothing yet.
+
+Not for what depends on the start of Python itself: the environment, signals, what is done at exit.
+"""
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+from conftest import REPOSITORY
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(
+    ['torch', 'torchvision', 'timm', 'timm.optim', 'timm.scheduler', 'matplotlib.figure', 'sklearn.datasets'])
+
+
+def _main(script, args, cwd, out, err):
+    for stream, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, stream)
+        os.close(file)
+    os.chdir(cwd)
+    sys.argv = [script, *args]
+    runpy.run_path(script, run_name='__main__')
+
+
+def run_script(name, *args, cwd=REPOSITORY, timeout=240):
+    """`python NAME ARGS` in `cwd` with `ENV`: return code, stdout and stderr as `subprocess.run` gives them."""
+    args = [str(arg) for arg in args]
+    with mock.patch.dict(os.environ, ENV):
+        forkserver.ensure_running()  # takes its environment from here, the first time
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = (os.path.join(folder, stream) for stream in ('out', 'err'))
+        process = _context.Process(target=_main, args=(str(REPOSITORY / name), args, str(cwd), out, err))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([name, *args], timeout, Path(out).read_bytes(), Path(err).read_bytes())
+        text = [Path(path).read_text(encoding='utf-8') for path in (out, err)]
+        return subprocess.CompletedProcess([name, *args], process.exitcode, *text)

@@ -35,9 +35,9 @@ from timm_cgh.eval.semisup import Logits, balanced_subset, listed_subset, param_
 from timm_cgh.eval.setup import (
     add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
     what_is_judged, write_results)
+from timm_cgh.optim import fill_momentum, load_optimizer
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
-from timm_cgh.task import load_optimizer
 
 _logger = logging.getLogger('eval')
 
@@ -174,6 +174,7 @@ def main(argv=None):
         weight_decay=args.weight_decay,
         fused=True,
     )
+    fill_momentum(optimizer)
     scheduler = MultiStepLR(optimizer, args.decay_milestones, gamma=args.decay_rate)
     scaler = utils.NativeScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
     start_epoch = 0

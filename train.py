@@ -34,6 +34,7 @@ from timm_cgh.eval.monitor import KnnMonitor
 from timm_cgh.eval.relations import RelationTracker, relation_columns, selection_text
 from timm_cgh.files import atomic_write
 from timm_cgh.loss import CONTEXTS
+from timm_cgh.optim import fill_momentum
 from timm_cgh.progress import Progress, StopRequest, peak_memory
 from timm_cgh.run import (
     build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, warn_if_collapsed)
@@ -141,7 +142,8 @@ group.add_argument('--warmup-epochs', type=non_negative, metavar='N', help='defa
 group.add_argument('--warmup-lr', type=non_negative, default=0.0, metavar='X')
 group.add_argument('--min-lr', type=non_negative, default=0.0, metavar='X')
 group.add_argument('--decay-epochs', type=positive, default=90, metavar='N')
-group.add_argument('--decay-milestones', type=at_least_one, nargs='+', default=[90, 180, 270], metavar='N')
+group.add_argument('--decay-milestones', type=at_least_one, nargs='+', default=[90, 180, 270], metavar='N',
+                   help='epochs, counted from the beginning of the run')
 group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X')
 group.add_argument('--clip-grad', type=positive, metavar='NORM')
 group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='norm')
@@ -248,8 +250,8 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
         if done % args.log_interval == 0 or done == steps:
             progress.report(done, means()['loss'], optimizer.param_groups[0]['lr'], knn)
         if update and done < steps:
-            # a collective question is asked only now and then
-            if (not distributed or done % args.log_interval == 0) and stop.agreed(to_device.device):
+            # a collective question is asked only now and then, and between epochs
+            if (not distributed or done % args.log_interval < group_size) and stop.agreed(to_device.device):
                 save_recovery(done)
                 progress.bar.close()
                 return None
@@ -350,10 +352,12 @@ def main(argv=None):
         if args.opt in ('momentum', 'sgd', 'adam', 'adamw') and not options.get('foreach'):
             options.setdefault('fused', True)  # torch's own: one pass over the parameters, on any device
         optimizer = create_optimizer_v2(task.student, filter_bias_and_bn=args.no_decay_norm_bias, **options)
+        fill_momentum(optimizer)
     schedule = scheduler_kwargs(args)
     schedule.update(
         num_epochs=args.epochs - args.warmup_epochs,  # the stated epochs hold the warm-up, which timm would add
         warmup_prefix=True,
+        decay_milestones=[max(0, epoch - args.warmup_epochs) for epoch in args.decay_milestones],
         step_on_epochs=False,
         updates_per_epoch=updates,
     )
@@ -383,6 +387,8 @@ def main(argv=None):
         if start_batch and place['order'] != order_of(args, len(loader)):
             _logger.warning(f'{resume} was saved with another order of the images: epoch {start_epoch} starts over')
             start_batch = 0
+        # schedules go by the place in the run, whatever number of updates an epoch had before
+        task.num_updates = start_epoch * updates + start_batch // args.grad_accum_steps
         if start_batch:
             meter.load_state_dict(place['meter'], device)
         if os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder):
@@ -426,6 +432,9 @@ def main(argv=None):
     parts = Parts(task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker)
     with logging_redirect_tqdm():
         for epoch in range(start_epoch, args.epochs):
+            if epoch > start_epoch and stop.agreed(device):
+                finished = False
+                break
             try:
                 rate = train_one_epoch(args, parts, epoch, start_batch, meter, knn)
             except FloatingPointError:

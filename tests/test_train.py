@@ -20,6 +20,7 @@ from PIL import Image
 
 from conftest import REPOSITORY
 from script_runner import ENV, run_script
+from timm_cgh.progress import StopRequest
 from timm_cgh.task import read_checkpoint
 
 # a network, heads and a data set small enough that a run is a matter of seconds
@@ -165,12 +166,19 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--clip-grad', '1', '--grad-accum-steps', '2', '--img-size', '64'],
     ['--torchcompile', 'eager', '--out-indices', '-4', '-3', '-2', '-1'],
     ['--grad-checkpointing', '--weak-scale', '0.5', '1', '--train-interpolation', 'bicubic'],
-    ['--sched', 'multistep', '--decay-milestones', '1', '--warmup-epochs', '0.5', '--min-lr', '1e-5'],
+    ['--amp', '--img-size', '64'],
 ])
 def test_options_run(tmp_path, images, options):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', *options))
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True).eval()
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, model.head_hidden_size)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_milestones_count_from_the_beginning_of_the_run(tmp_path, images):
+    check_ok(train(*TINY, '--data-dir', images, '--epochs', 3, '--output', tmp_path, '--experiment', 'run', '--knn-interval', 0,
+                   '--sched', 'multistep', '--decay-milestones', 1, 2, '--warmup-epochs', 0.5))
+    assert [float(row['lr']) for row in rows_of(tmp_path / 'run')] == pytest.approx([0.003, 0.0003, 0.0003])  # at their ends
 
 
 def test_number_of_workers_changes_no_loss(tmp_path, images):
@@ -300,6 +308,14 @@ def test_knn_may_be_switched_on_by_a_resume(tmp_path, images):
     assert rows_of(tmp_path / 'run')[1]['eval_knn']
 
 
+def test_the_schedule_of_a_resume_goes_by_epochs_whatever_their_number_of_batches(tmp_path, images):
+    args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--knn-interval', 0]
+    check_ok(train(*args, '--epochs', 2))
+    check_ok(train(*args, '--epochs', 4, '--batch-size', 12))
+    # one epoch of warm-up, then a cosine over three
+    assert [float(row['lr']) for row in rows_of(tmp_path / 'run')[2:]] == pytest.approx([0.03 * 0.25, 0], abs=1e-9)
+
+
 @pytest.mark.parametrize('signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4, '--log-interval', 1,
@@ -323,6 +339,20 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     files_equal(tmp_path / 'whole', tmp_path / 'run')
 
 
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    request = StopRequest()
+
+    def all_reduce(flag, op):
+        request._on_signal(signal.SIGTERM, None)
+
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', all_reduce)
+    assert not request.agreed(torch.device('cpu'))
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda flag, op: None)
+    assert request.agreed(torch.device('cpu')) and request.signum == signal.SIGTERM
+
+
 # ---- many processes
 
 
@@ -334,6 +364,24 @@ def test_two_processes_train_by_torchrun(tmp_path, images):
     text = check_ok(done)
     assert '3 batches of 4 x 2 an epoch' in text and text.count('Load the backbone') == 1
     assert len(rows_of(tmp_path / 'run')) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_where_an_epoch_is_shorter_than_the_log_interval(tmp_path, images):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(REPOSITORY / 'train.py')]
+    args = [*TINY, '--data-dir', images, '--epochs', 1000, '--output', tmp_path, '--experiment', 'run', '--batch-size', 4,
+            '--knn-interval', 0]
+    process = subprocess.Popen([*launch, *map(str, args)], env=ENV, cwd=REPOSITORY, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if 'epoch 1: ' in line:
+            process.terminate()  # torchrun passes it on to both
+            break
+    lines.extend(process.stdout)
+    assert process.wait(60) != 0 and 'Stopped by SIGTERM; state saved' in ''.join(lines)
+    assert read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['progress']['epoch'] == len(rows_of(tmp_path / 'run')) < 1000
 
 
 # ---- what is refused

@@ -50,7 +50,9 @@ class StopRequest:
         if dist.is_available() and dist.is_initialized():
             flag = torch.tensor(float(self.signum), device=device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.signum = int(flag)
+            agreed = int(flag)
+            self.signum = agreed or self.signum  # asked in the meantime: the others hear of it the next time
+            return agreed != 0
         return self.signum != 0
 
 

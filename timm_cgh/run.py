@@ -22,10 +22,11 @@ from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, save_relations
 from timm_cgh.hub import export_backbone, load_weights
 from timm_cgh.models import create_backbone
+from timm_cgh.optim import load_optimizer
 from timm_cgh.report import save_curves
 from timm_cgh.summary import epochs_done
 from timm_cgh.task import (
-    PEERS, CGHTask, MomentumTask, create_task, find_resume, load_optimizer, local_checkpoint, read_checkpoint)
+    PEERS, CGHTask, MomentumTask, create_task, find_resume, local_checkpoint, read_checkpoint)
 
 __all__ = [
     'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
@@ -187,7 +188,8 @@ def restore(
 
 def order_of(args: argparse.Namespace, steps: int) -> Dict[str, int]:
     """What the order of the batches depends on: a checkpoint in the middle of an epoch holds for this order alone."""
-    return dict(seed=args.seed, steps=steps, batch_size=args.batch_size, world_size=args.world_size)
+    names = ('seed', 'batch_size', 'world_size', 'grad_accum_steps')
+    return {'steps': steps, **{name: getattr(args, name) for name in names}}
 
 
 def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:

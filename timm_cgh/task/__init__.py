@@ -3,4 +3,4 @@ from .factory import PEERS, create_task
 from .meter import Meter
 from .momentum import MomentumTask
 from .portable import TASK_FILE, local_checkpoint, write_portable
-from .saver import RunSaver, find_resume, load_optimizer, read_checkpoint
+from .saver import RunSaver, find_resume, read_checkpoint

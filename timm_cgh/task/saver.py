@@ -14,7 +14,7 @@ from timm_cgh.errors import InputError
 from .cgh import CGHTask
 from .portable import read_portable
 
-__all__ = ['RunSaver', 'find_resume', 'load_optimizer', 'read_checkpoint']
+__all__ = ['RunSaver', 'find_resume', 'read_checkpoint']
 
 _logger = logging.getLogger('train')
 
@@ -40,22 +40,6 @@ def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
         raise InputError(
             f'--resume {path}: not a checkpoint of a CGH pre-training run (weights go to --initial-checkpoint)')
     return state
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
-    """`optimizer.load_state_dict`, for parameters that may lie in memory in another order than when it was saved.
-
-    A state keeps the order that it was saved in (channels first, say), and torch's fused optimisers on a CPU walk through
-    memory without a look at strides.
-
-    Raises:
-        ValueError, KeyError: the state of other parameters
-    """
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def find_resume(folder: str) -> Optional[str]:

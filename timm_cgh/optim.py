@@ -1,0 +1,36 @@
+"""torch's fused optimisers, which walk through memory as it lies, and what they need to be safe."""
+from typing import Any, Dict
+
+import torch
+
+__all__ = ['fill_momentum', 'load_optimizer']
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Have SGD start from momentum 0, which makes its first step the gradient, as it is without.
+
+    torch's fused SGD takes unwritten memory for its buffers and fills them in its first step: not when a gradient scaler
+    has found that step's gradients infinite. The second step would then use them as they are.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            if group['momentum'] and not group['dampening'] and parameter.requires_grad:
+                optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, for parameters that may lie in memory in another order than when it was saved.
+
+    A state keeps the order that it was saved in (channels first, say), and the fused optimisers on a CPU have no look at
+    strides.
+
+    Raises:
+        ValueError, KeyError: the state of other parameters
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

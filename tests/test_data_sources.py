@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import torchvision
 from data_files import picture, write_classes, write_images, write_shards, write_tar
 from PIL import Image
@@ -236,3 +237,18 @@ def test_ten_unreadable_images_in_a_row_are_an_error(tmp_path):
     for i in range(12):
         (tmp_path / f'{i}.jpg').write_bytes(b'not an image')
     refused('--data-dir', '0.jpg', call=read_or_next, args=(open_dataset('', str(tmp_path), 'train'), 0, 'RGB'))
+
+
+@pytest.mark.parametrize('rank,local_rank,turn', [(0, 0, 0), (1, 1, 2), (8, 0, 1), (9, 1, 2)])
+def test_of_many_processes_the_first_downloads_first_then_one_of_each_node(rank, local_rank, turn, monkeypatch, tmp_path):
+    happened = []
+    monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_rank', lambda: rank)
+    monkeypatch.setattr(dist, 'barrier', lambda: happened.append('barrier'))
+    monkeypatch.setattr('timm_cgh.data.sources.create_dataset', lambda *_, **__: happened.append('opened') or [None])
+    open_dataset('torch/cifar10', str(tmp_path), download=True)
+    assert happened == ['barrier'] * turn + ['opened'] + ['barrier'] * (2 - turn)
+    happened.clear()
+    open_dataset('torch/cifar10', str(tmp_path))
+    assert happened == ['opened']

@@ -28,7 +28,7 @@ def resolve_data_config(args: argparse.Namespace, cfg: Dict[str, Any]) -> Dict[s
 
 
 def default_bank_size(num_images: int) -> int:
-    """The paper's 131072 on ImageNet-1k and 4096 on CIFAR-10: a power of two, at most an eighth of the images."""
+    """A power of two, at most an eighth of the images: the authors' 131072 on ImageNet-1k, and 4096 on CIFAR-10."""
     return min(131072, 2 ** int(math.log2(max(1, num_images // 8))))
 
 

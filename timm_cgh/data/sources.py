@@ -1,4 +1,5 @@
 """Where images come from: timm's data sets, torchvision's STL-10, the embedded digits."""
+import contextlib
 import os
 import re
 from typing import Any, Dict, List, Optional, Union
@@ -11,6 +12,7 @@ from timm_cgh.errors import InputError
 from .digits import Digits
 from .shards import ShardReader
 from .tars import TarReader
+from .turns import downloading_in_turn
 
 __all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'prefix_of']
 
@@ -210,10 +212,12 @@ def open_dataset(
         root = _open_root(root, split, search_split, split_flag)
     asked = dict(input_key=input_key, target_key=target_key)
     optional: Dict[str, Any] = {key: value for key, value in asked.items() if value}
+    in_turn = downloading_in_turn() if download else contextlib.nullcontext()
     try:
         if name.lower() == 'torch/stl10':
             from torchvision.datasets import STL10
-            return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
+            with in_turn:
+                return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
         options = dict(
             root=root,
             split=split,
@@ -230,8 +234,9 @@ def open_dataset(
         elif not name and os.path.isfile(root):
             dataset = ImageDataset(root, reader=TarReader(root, class_map=class_map, **optional), input_img_mode=mode)
         else:
-            dataset = create_dataset(
-                name, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
+            with in_turn:
+                dataset = create_dataset(
+                    name, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
     except TypeError as error:
         given = next((key for key in optional if key in str(error)), None)
         if given:

@@ -94,7 +94,10 @@ class CGHTask(MomentumTask):
             contexts = self.teacher(weak)
             return contexts, Contexts(*(e if e is None else _gather(e) for e in contexts))
         # all processes draw one permutation: the step is their common seed
-        order = torch.randperm(batch * world, generator=torch.Generator().manual_seed(self.num_updates)).to(weak.device)
+        order = torch.randperm(batch * world, generator=torch.Generator().manual_seed(self.num_updates))
+        if weak.is_cuda:
+            order = order.pin_memory()  # a copy that nothing waits for
+        order = order.to(weak.device, non_blocking=True)
         mine = slice(dist.get_rank() * batch, (dist.get_rank() + 1) * batch)
         contexts = self.teacher(_gather(weak)[order[mine]])
         back = order.argsort()

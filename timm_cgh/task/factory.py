@@ -41,7 +41,8 @@ def create_task(
 
     Options are those of `ContextEncoder`, `CrossContextLoss` and `CGHTask`; `backbone_kwargs` go to timm's
     `create_model`. With the method `moco` in place of `cgh` the loss is `ContrastLoss` (MoCo-v2), and of the loss's
-    options only `contrast_temp` counts.
+    options only `contrast_temp` counts. `contrast_warmup` counts optimiser updates; cross-context training wants some,
+    five epochs of them in the authors' code: `train.py` sees to that, here it is 0 unless said.
 
     Raises:
         ValueError: neither of the two methods; see those three

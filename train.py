@@ -99,6 +99,8 @@ group.add_argument('--contrast-warmup-epochs', type=non_negative, metavar='N',
                    help='InfoNCE hands over to the relation loss; default 5 (at most a quarter of the run), global: 0')
 group.add_argument('--contrast-temp', type=positive, default=0.2, metavar='T', help='of InfoNCE')
 group.add_argument('--shuffle-bn', action='store_true', help="shuffle the teacher's batch across processes")
+group.add_argument('--bn-splits', type=at_least_one, default=1, metavar='N',
+                   help="in one process: batch statistics over N parts of the batch, the teacher's in another order")
 group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes (GPU)')
 
 group = parser.add_argument_group('Views')

@@ -1,10 +1,13 @@
+import copy
+
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_cgh import Hypercolumn, MemoryBank
-from timm_cgh.layers import Predictor, Projector
+from timm_cgh.layers import Predictor, Projector, split_batch_norm
 
 
 def naive_bank(size, dim, batches, start):
@@ -80,3 +83,27 @@ def test_heads_have_the_papers_shape():
     assert [type(m) for m in projector] == [nn.Linear, nn.ReLU, nn.Linear]
     assert (projector[0].out_features, projector[2].out_features) == (4096, 512)
     assert predictor(projector(torch.randn(2, 2048))).shape == (2, 512)
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, lambda width: timm.layers.BatchNormAct2d(width)])
+def test_split_batch_norm_normalises_parts_and_moves_running_statistics_as_far(norm):
+    torch.manual_seed(0)
+    whole = norm(6)
+    split = copy.deepcopy(whole)
+    split_batch_norm(split, 4)
+    assert split.state_dict().keys() == whole.state_dict().keys() and isinstance(copy.deepcopy(split), type(split))
+    x = torch.randn(8, 6, 5, 5) * 3 + 1
+    alone = copy.deepcopy(whole)
+    torch.testing.assert_close(split(x), torch.cat([alone(part) for part in x.split(2)]))
+    for _ in range(200):
+        whole(x), split(x)
+    torch.testing.assert_close(split.running_mean, whole.running_mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(split.eval()(x), whole.eval()(x), atol=0.1, rtol=0)
+    one, many = norm(6), norm(6)
+    split_batch_norm(many, 4)
+    one(torch.ones(8, 6, 5, 5)), many(torch.ones(8, 6, 5, 5))
+    torch.testing.assert_close(many.running_mean, one.running_mean)
+    with pytest.raises(ValueError, match='already'):
+        split_batch_norm(many, 2)
+    with pytest.raises(ValueError, match='at least 1'):
+        split_batch_norm(norm(6), 0)

@@ -102,6 +102,21 @@ def test_teacher_moves_by_one_minus_momentum():
     assert task.num_updates == 7
 
 
+def test_split_batch_norm_sees_the_teachers_images_in_another_order_and_gives_them_back_in_theirs():
+    images = views(8)
+    weak = images[0].clone()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    task, plain = small_task(bn_splits=4), small_task()
+    split = task._teach(weak)[0]
+    parts = [plain.teacher(weak[order[i:i + 2]]) for i in range(0, 8, 2)]
+    for context, found in zip(split._fields, split):
+        torch.testing.assert_close(found[order], torch.cat([getattr(part, context) for part in parts]))
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(plain.teacher(weak), split))
+    task(images)['loss'].backward()
+    assert all(p.grad is not None for p in task.student.parameters())
+    assert task.student.backbone.state_dict().keys() == plain.student.backbone.state_dict().keys()
+
+
 def test_teacher_normalises_by_the_batch_and_drops_nothing():
     task = small_task(drop_rate=0.5, drop_path_rate=0.5).train()
     norms = [m for m in task.teacher.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -159,7 +159,7 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
 
 
 @pytest.mark.parametrize('options', [
-    ['--context', 'same', '--predictor', '--hyper-norm', 'group'],
+    ['--context', 'same', '--predictor', '--hyper-norm', 'group', '--bn-splits', '4'],
     ['--context', 'global', '--opt', 'adamw', '--opt-betas', '0.9', '0.95', '--no-decay-norm-bias'],
     ['--features-only', '--out-indices', '1', '3', '--drop-path', '0.1'],
     # 64 px: torch's bfloat16 convolution on a CPU reads memory that it has not written where a map has one position
@@ -394,6 +394,7 @@ def test_two_processes_stop_together_where_an_epoch_is_shorter_than_the_log_inte
     (['--batch-size', '0'], ['--batch-size', 'at least 1']),
     (['--batch-size', '25'], ['--batch-size 25', '24 images']),
     (['--bank-size', '0'], ['--bank-size']),
+    (['--bn-splits', '3'], ['--bn-splits 3', '--batch-size 8']),
     (['--bank-size', '4096'], ['--bank-size 4096', '24 images']),
     (['--temp-hyper', '-0.1'], ['--temp-hyper', 'positive']),
     (['--context', 'both'], ['--context', 'cross']),

@@ -66,6 +66,7 @@ def build_task(args: argparse.Namespace) -> Tuple[MomentumTask, Dict[str, Any]]:
             bank_size=args.bank_size,
             momentum=args.momentum_teacher,
             shuffle_bn=args.shuffle_bn,
+            bn_splits=args.bn_splits,
             bank_labels=args.track_relations is not None,
             out_indices=None if args.features_only else args.out_indices,
             hidden_dim=args.hidden_dim,

@@ -42,6 +42,7 @@ def check_method(args: argparse.Namespace) -> None:
                 ('--track-relations', args.track_relations is not None),
                 ('--multi-crop', args.multi_crop is not None and args.method in PEERS),
                 ('--shuffle-bn', args.shuffle_bn and args.method in PEERS),
+                ('--bn-splits', args.bn_splits > 1 and args.method in PEERS),
                 ('--features-only', args.features_only and args.method in PEERS),
         ):
             if given:
@@ -53,6 +54,12 @@ def choose_settings(args: argparse.Namespace, num_images: int) -> None:
     check_method(args)
     if args.sync_bn and (args.world_size == 1 or args.device == 'cpu'):
         raise InputError('--sync-bn: needs several processes with a GPU each (--shuffle-bn works on any device)')
+    if args.bn_splits > 1 and args.sync_bn:
+        raise InputError(f'--bn-splits {args.bn_splits}: has no meaning with --sync-bn')
+    if args.bn_splits > 1 and (args.batch_size % args.bn_splits or args.batch_size < 2 * args.bn_splits):
+        raise InputError(
+            f'--bn-splits {args.bn_splits}: the parts of --batch-size {args.batch_size} must be equal, and of two images at '
+            f'least')
     auto = min(5.0, args.epochs / 4)
     if args.warmup_epochs is None:
         args.warmup_epochs = auto

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from timm_cgh.layers import MemoryBank
+from timm_cgh.layers import MemoryBank, split_batch_norm
 from timm_cgh.loss import ContrastLoss, Contexts, CrossContextLoss
 from timm_cgh.models.encoder import ContextEncoder
 
@@ -42,12 +42,14 @@ class CGHTask(MomentumTask):
         contrast_warmup: optimiser updates over which InfoNCE gives way to the relation loss, 0 for none
         shuffle_bn: in several processes, shuffle the teacher's batch across them (as MoCo does), so that its batch
             statistics tell nothing about which images went together
+        bn_splits: take batch statistics over so many parts of a process's batch, the teacher's in another order: the same
+            without several processes (the authors' code has 8)
         bank_labels: the banks remember the labels that `forward` is given, for its `observe`; the loss never sees them
         device, dtype, verbose: see `timm.task.TrainingTask`
 
     Raises:
-        ValueError: momentum outside [0, 1], a negative warm-up, a bank size below 1, an encoder that does not fit the
-            loss
+        ValueError: momentum outside [0, 1], a negative warm-up, a bank size or number of parts below 1, an encoder that
+            does not fit the loss
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class CGHTask(MomentumTask):
             momentum: float = 0.999,
             contrast_warmup: int = 0,
             shuffle_bn: bool = False,
+            bn_splits: int = 1,
             bank_labels: bool = False,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
@@ -71,6 +74,9 @@ class CGHTask(MomentumTask):
         teacher.predictor = nn.Identity()
         if loss.uses_hypercolumn:
             teacher.hyper_predictor = nn.Identity()
+        if bn_splits != 1:
+            for encoder in (student, teacher):
+                split_batch_norm(encoder, bn_splits)
         super().__init__(student, teacher, momentum, device=device, dtype=dtype, verbose=verbose)
         self.loss = loss
         names = ('global', 'hyper') if loss.uses_hypercolumn else ('global',)
@@ -78,6 +84,7 @@ class CGHTask(MomentumTask):
         self.bank_labels = bank_labels
         self.contrast_warmup = contrast_warmup
         self.shuffle_bn = shuffle_bn
+        self.bn_splits = bn_splits
         self.to(device=self.device, dtype=self.dtype)
         self.train()
 
@@ -90,7 +97,7 @@ class CGHTask(MomentumTask):
     def _teach(self, weak: torch.Tensor) -> Tuple[Contexts, Contexts]:
         """Weak views of this process -> the teacher's contexts of this process, and of all."""
         world, batch = _world_size(), len(weak)
-        if not (self.shuffle_bn and world > 1):
+        if self.bn_splits == 1 and not (self.shuffle_bn and world > 1):
             contexts = self.teacher(weak)
             return contexts, Contexts(*(e if e is None else _gather(e) for e in contexts))
         # all processes draw one permutation: the step is their common seed
@@ -98,7 +105,8 @@ class CGHTask(MomentumTask):
         if weak.is_cuda:
             order = order.pin_memory()  # a copy that nothing waits for
         order = order.to(weak.device, non_blocking=True)
-        mine = slice(dist.get_rank() * batch, (dist.get_rank() + 1) * batch)
+        rank = dist.get_rank() if world > 1 else 0
+        mine = slice(rank * batch, (rank + 1) * batch)
         contexts = self.teacher(_gather(weak)[order[mine]])
         back = order.argsort()
         everyone = Contexts(*(e if e is None else _gather(e)[back] for e in contexts))

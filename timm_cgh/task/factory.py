@@ -22,6 +22,7 @@ def create_task(
         momentum: float = 0.999,
         contrast_warmup: int = 0,
         shuffle_bn: bool = False,
+        bn_splits: int = 1,
         bank_labels: bool = False,
         out_indices: Optional[Sequence[int]] = None,
         hidden_dim: int = 4096,
@@ -75,6 +76,7 @@ def create_task(
         momentum=momentum,
         contrast_warmup=contrast_warmup,
         shuffle_bn=shuffle_bn,
+        bn_splits=bn_splits,
         bank_labels=bank_labels,
         device=device,
     )

@@ -155,6 +155,9 @@ def main(argv=None):
         batch_size=args.batch_size * args.world_size,
         seed=args.seed,
         num_classes=num_classes,
+        optimization=(args.momentum, args.weight_decay, args.decay_rate),
+        augmentation=(*args.scale, args.hflip),
+        input={k: data_config[k] for k in ('input_size', 'mean', 'std', 'interpolation')},
     )
     state = find_state(args.output, args.resume, settings)
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from data_files import write_classes, write_images, write_shards, write_tar
 from torch.utils.data import Subset
+from torchvision.datasets import INaturalist
 
 from timm_cgh.data import ImageSubset, labels_of, open_dataset, open_eval_datasets
 from timm_cgh.data.sources import InputError
@@ -126,3 +127,21 @@ def test_subset_replaces_an_unreadable_image_within_itself(tmp_path):
     dataset = open_dataset('', str(tmp_path))
     subset = ImageSubset(dataset, [1, 3], 'L')
     assert subset[0][0].tobytes() == subset.__getitems__([0, 1])[1][0].tobytes() and subset[0][0].mode == 'L'
+
+
+@pytest.mark.parametrize('val', [None, 'val'])
+def test_classes_that_torchvision_numbers_otherwise_are_never_compared(val, tmp_path):
+    write_classes(tmp_path / 'train', 6, classes=('ant', 'bee', 'cat'))
+    write_classes(tmp_path / 'val', 3, classes=('ant', 'cat'), first=50)  # its ImageFolder has 1 for cat, not 2
+    if val:
+        with pytest.raises(InputError, match='--val-split val: cat is another number'):
+            open_sets(tmp_path, val, name='torch/image_folder')
+    else:
+        assert 'others' in open_sets(tmp_path, name='torch/image_folder')[1]
+
+
+def test_labels_of_inaturalist_are_those_of_the_items(tmp_path):
+    for place, name in enumerate(('00000_Animalia_A_B_C_D_E_f', '00001_Animalia_A_B_C_D_E_g')):
+        write_images(tmp_path / '2021_train_mini' / name, 2, first=2 * place)
+    dataset = INaturalist(str(tmp_path), version='2021_train_mini')
+    assert labels_of(dataset).tolist() == [dataset[i][1] for i in range(4)] == [0, 0, 1, 1]

@@ -1,9 +1,11 @@
 """Every kind of source opens to (PIL image, target) items, and what cannot be opened ends in one line."""
+import os
 import sys
 import time
 
 import numpy as np
 import pytest
+import timm
 import torch.distributed as dist
 import torchvision
 from data_files import picture, write_classes, write_images, write_shards, write_tar
@@ -252,3 +254,37 @@ def test_of_many_processes_the_first_downloads_first_then_one_of_each_node(rank,
     happened.clear()
     open_dataset('torch/cifar10', str(tmp_path))
     assert happened == ['opened']
+
+
+@pytest.mark.parametrize('tar', [False, True])
+def test_images_of_other_formats_are_found_and_timm_is_left_as_it_was(tar, tmp_path):
+    before = timm.data.get_img_extensions()
+    for number, ending in enumerate(('jpg', 'png', 'webp', 'bmp', 'tif', 'TIFF')):
+        (tmp_path / 'images' / 'cat').mkdir(parents=True, exist_ok=True)
+        picture(number).save(tmp_path / 'images' / 'cat' / f'{number}.{ending}')
+    (tmp_path / 'images' / 'cat' / 'notes.txt').write_text('no image')
+    root = write_tar(tmp_path / 'images.tar', tmp_path / 'images') if tar else tmp_path / 'images'
+    dataset = open_dataset('', str(root))
+    assert len(dataset) == 6 and all(read_image(dataset, i, 'RGB')[0].size == (16, 16) for i in range(6))
+    assert timm.data.get_img_extensions() == before
+
+
+def test_a_tar_of_any_size_is_read_as_it_is(tmp_path, monkeypatch):
+    """timm trusts an index that it wrote beside a tar above 10 GB, also when the tar is another one by then."""
+    monkeypatch.setattr(os.path, 'getsize', lambda _: 20 * 1024 ** 3)
+    for count in (4, 6):
+        folder = write_classes(tmp_path / f'{count}', count // 2)
+        assert len(open_dataset('', str(write_tar(tmp_path / 'images.tar', folder)))) == count
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['4', '6', 'images.tar']
+
+
+def test_a_class_map_that_lacks_a_class_of_a_parquet_is_refused(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['ant', 'bee', 'cat']))
+    columns = dict(image=[picture(i) for i in range(3)], label=[0, 1, 2])
+    (tmp_path / 'set').mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / 'set' / 'train.parquet'))
+    args = (f"hfds/{tmp_path / 'set'}", str(tmp_path / 'cache'))
+    refused('--class-map', 'bee', args=args, class_map={'ant': 0, 'cat': 1})
+    dataset = open_dataset(*args, class_map={'ant': 0, 'bee': 1, 'cat': 1})
+    assert [read_image(dataset, i, 'RGB')[1] for i in range(3)] == [0, 1, 1]

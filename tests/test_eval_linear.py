@@ -286,6 +286,9 @@ def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
 @pytest.mark.parametrize('args, named', [
     (['--resume', 'auto', '--lr', *RATES, '--epochs', '5'], 'another epochs'),
     (['--resume', 'auto', '--lr', '1', '--epochs', '4'], 'another lr'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--momentum', '0.5'], 'another optimization'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--scale', '0.5', '1'], 'another augmentation'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--mean', '0.1'], 'another input'),
     (['--resume', 'missing.pth.tar'], 'no such file'),
     (['--lr', '-1'], '--lr'),
     (['--scale', '0.9', '0.2'], '--scale'),

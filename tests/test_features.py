@@ -143,6 +143,16 @@ def test_autocast_features_come_back_as_float32():
     assert (half - full).norm() < 0.05 * full.norm()
 
 
+def test_features_beyond_float16_are_taken_again_in_float32():
+    model = timm.create_model('test_resnet', num_classes=0).eval()
+    with torch.no_grad():
+        model.bn1.weight.fill_(1e6)
+        images = torch.rand(2, 3, 32, 32)
+        wanted = model(images)
+    features, _ = extract_features(model, [(images, torch.zeros(2))], amp_dtype=torch.float16)
+    assert wanted.max() > 65504 and torch.equal(features, wanted)
+
+
 def test_models_with_classifier_or_without_pooling_are_refused():
     loader = create_eval_loader(Noise(), config())
     with pytest.raises(ValueError, match='num_classes=0'):

@@ -1,12 +1,14 @@
 """One image out of a data set, decoded and in the wanted mode; what cannot be read is passed over and named."""
+import contextlib
 import math
 import struct
 import tarfile
 import zlib
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import numpy as np
 from PIL import Image
+from timm.data import get_img_extensions, set_img_extensions
 from torch.utils.data import Dataset, Subset
 
 from timm_cgh.errors import InputError
@@ -16,7 +18,7 @@ try:
 except ImportError:  # the same pixels from Pillow, a quarter slower
     simplejpeg = None
 
-__all__ = ['decode_pixels', 'image_name', 'read_image', 'read_or_next', 'to_label', 'to_mode']
+__all__ = ['decode_pixels', 'image_name', 'more_extensions', 'read_image', 'read_or_next', 'to_label', 'to_mode']
 
 _MAX_UNREADABLE = 10  # in a row, before a data set is given up
 # what Pillow and timm's readers raise on broken files, missing files and empty cells
@@ -26,6 +28,7 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     OSError,
     OverflowError,
+    RuntimeError,  # AVIF
     struct.error,
     SyntaxError,
     tarfile.TarError,
@@ -33,6 +36,17 @@ _UNREADABLE = (
     ValueError,
     zlib.error,
 )
+
+
+@contextlib.contextmanager
+def more_extensions() -> Iterator[None]:
+    """Have timm's folder and tar readers find more than PNG and JPEG files."""
+    before = get_img_extensions()
+    set_img_extensions(sorted({*before, '.webp', '.bmp', '.tif', '.tiff', '.avif'}))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

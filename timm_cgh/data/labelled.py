@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset
+from torchvision.datasets import INaturalist
 
 from timm_cgh.errors import InputError
 
@@ -24,6 +25,8 @@ def labels_of(dataset: Dataset) -> Optional[np.ndarray]:
         labels = labels_of(dataset.dataset)
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
     reader = getattr(dataset, 'reader', None)
+    if isinstance(dataset, INaturalist):
+        return np.array([target for target, _ in dataset.index], dtype=np.int64)
     if reader is None:  # torchvision, digits
         labels = next((v for v in (getattr(dataset, k, None) for k in ('targets', 'labels')) if v is not None), None)
         if labels is None:
@@ -177,6 +180,12 @@ def open_eval_datasets(
         except InputError:
             if val_split:
                 raise
+            continue
+        numbers, others = (getattr(dataset, 'class_to_idx', {}) for dataset in (train, query))
+        moved = [str(name) for name, number in others.items() if numbers.get(name, number) != number]
+        if moved and val_split:
+            raise InputError(f'--val-split {val_split}: {moved[0]} is another number there than in training')
+        if moved:
             continue
         query_labels = labels_of(query)
         known = np.flatnonzero(np.isin([] if query_labels is None else query_labels, classes))

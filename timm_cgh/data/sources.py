@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_cgh.errors import InputError
 
+from .decode import more_extensions
 from .digits import Digits
 from .shards import ShardReader
 from .tars import TarReader
@@ -159,6 +160,10 @@ def _check_opened(dataset: Dataset, name: str, target_key: Optional[str]) -> Non
         if target_key:
             raise InputError(f"--target-key {target_key}: the columns are {', '.join(reader.dataset.column_names)}")
         reader.dataset = reader.dataset.add_column(reader.label_key, [-1] * len(reader.dataset))  # unlabelled
+    if prefix == 'hfds' and reader.remap_class:
+        missing = [str(label) for label in reader._source_names.values() if label not in reader.class_to_idx]
+        if missing:
+            raise InputError(f"--class-map: has no number for {', '.join(missing[:5])}, of {name}")
     columns = None
     if prefix == 'hfids' and not reader.target_keys:
         columns = reader.builder.info.features or _first_columns(reader)
@@ -210,8 +215,7 @@ def open_dataset(
     _check_name(name, root, split, split_flag)
     if prefix_of(name) == '' or name.lower() in _TORCH_FOLDERS:
         root = _open_root(root, split, search_split, split_flag)
-    asked = dict(input_key=input_key, target_key=target_key)
-    optional: Dict[str, Any] = {key: value for key, value in asked.items() if value}
+    optional = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
     in_turn = downloading_in_turn() if download else contextlib.nullcontext()
     try:
         if name.lower() == 'torch/stl10':
@@ -219,22 +223,14 @@ def open_dataset(
             with in_turn:
                 return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
         options = dict(
-            root=root,
-            split=split,
-            class_map=class_map,
-            is_training=is_training,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            seed=seed,
-            input_img_mode=mode,
-            **optional,
-        )
+            root=root, split=split, class_map=class_map, is_training=is_training, batch_size=batch_size,
+            num_samples=num_samples, seed=seed, input_img_mode=mode, **optional)
         if prefix_of(name) == 'wds':
             dataset = IterableImageDataset(root, reader=ShardReader(name=name.partition('/')[2], **options))
         elif not name and os.path.isfile(root):
             dataset = ImageDataset(root, reader=TarReader(root, class_map=class_map, **optional), input_img_mode=mode)
         else:
-            with in_turn:
+            with in_turn, more_extensions():
                 dataset = create_dataset(
                     name, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
     except TypeError as error:

@@ -5,6 +5,8 @@ from typing import Any, BinaryIO, Tuple
 
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from .decode import more_extensions
+
 __all__ = ['TarReader']
 
 
@@ -14,9 +16,15 @@ class TarReader(ReaderImageInTar):
     A tar kept open would be shared by forked workers, which then move each other's place in it, and cannot be sent to
     spawned ones; to open it as a tar takes as long as a fifth of the decoding of an image.
 
+    Nor is an index written beside the tar, which timm does above 10 GB and then trusts whatever becomes of the tar.
+
     Args:
         all: see timm's `ReaderImageInTar`
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with more_extensions():
+            super().__init__(*args, cache_tarinfo=False, **kwargs)
 
     def __getitem__(self, index: int) -> Tuple[BinaryIO, Any]:
         image, parent, child = self.samples[index]

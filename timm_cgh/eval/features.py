@@ -139,7 +139,7 @@ def extract_features(
             average of its last map
         loader: batches of normalised images and labels
         device: where the model is
-        amp_dtype: run under autocast to this type
+        amp_dtype: run under autocast to this type; a batch that float16 cannot hold is run again in float32
         channels_last: give the images in channels-last layout
 
     Returns:
@@ -161,6 +161,8 @@ def extract_features(
             for images, target in iterate(loader):
                 images = images.to(device, non_blocking=True, memory_format=layout)
                 with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                    output = _pooled(model(images), model)
+                if amp_dtype is torch.float16 and not output.isfinite().all():  # beyond 65504 in some layer
                     output = _pooled(model(images), model)
                 features.append(output.float().cpu())
                 labels.append(target.cpu())

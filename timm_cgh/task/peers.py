@@ -177,6 +177,8 @@ def _swav(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
     swapped = losses.SwaVLoss(options.temperature or 0.1, sinkhorn_gather_distributed=_distributed())
     projector = heads.SwaVProjectionHead(backbone.head_hidden_size, options.hidden_dim, options.embed_dim)
     prototypes = heads.SwaVPrototypes(options.embed_dim, options.prototypes)
+    for layer in prototypes.heads:
+        layer.bias = None  # cosine similarities, as in the paper
     student = PeerEncoder(backbone, nn.Sequential(projector, _UnitRows()), prototypes)
     student.register_forward_pre_hook(lambda *_: prototypes.normalize())  # once a step: both views use them
     return dict(
@@ -235,6 +237,9 @@ def create_peer_task(
         device: Optional[torch.device] = None,
 ) -> PeerTask:
     """SimCLR, BYOL, SimSiam, SwAV, NNCLR or DINO (two full-size views) around a timm backbone.
+
+    All are trained by the caller's optimiser and schedule. Left out of their papers' recipes: SimSiam's constant rate of the
+    predictor, SwAV's queue and frozen start of the prototypes, DINO's frozen start of the last layer.
 
     Args:
         method: `simclr`, `byol`, `simsiam`, `swav`, `nnclr` or `dino`

@@ -1,6 +1,6 @@
 """Which labelled images kNN compares while training goes on."""
 import os
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from timm_cgh.errors import InputError
 from .decode import read_or_next, to_label
 from .sources import find_split_folder, image_mode, open_dataset, prefix_of
 
-__all__ = ['ImageSubset', 'labels_of', 'open_eval_datasets']
+__all__ = ['ImageSubset', 'class_numbers', 'labels_of', 'open_eval_datasets']
 
 _EVAL_SPLITS = ('validation', 'val', 'test')
 _STREAMS = ('hfids', 'wds', 'tfds')
@@ -44,6 +44,15 @@ def labels_of(dataset: Dataset) -> Optional[np.ndarray]:
         column = reader.dataset.select_columns([reader.label_key]).with_format('arrow')[:]
         return np.array([to_label(label) for label in column.column(0).to_pylist()], dtype=np.int64)
     return np.array([to_label(label) for label in reader.iter_targets()], dtype=np.int64)
+
+
+def class_numbers(dataset: Dataset) -> Dict[str, int]:
+    """Name -> label, where a data set knows its classes by name."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    reader = getattr(dataset, 'reader', dataset)
+    numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    return numbers if isinstance(numbers, dict) else {}
 
 
 class ImageSubset(Subset):
@@ -164,8 +173,7 @@ def open_eval_datasets(
         return None, f'none: the training images {why}'
     labelled = np.flatnonzero(labels >= 0)
     if not name:  # the same class must have the same number in both folders
-        reader = train.reader
-        source['class_map'] = getattr(reader, 'class_to_idx', None) or reader.class_name_to_idx
+        source['class_map'] = class_numbers(train)
     for split in (val_split,) if val_split else _EVAL_SPLITS:
         apart = _has_split(name, root, train, train_split, split)
         if not val_split:
@@ -181,8 +189,8 @@ def open_eval_datasets(
             if val_split:
                 raise
             continue
-        numbers, others = (getattr(dataset, 'class_to_idx', {}) for dataset in (train, query))
-        moved = [str(name) for name, number in others.items() if numbers.get(name, number) != number]
+        numbers = class_numbers(train)
+        moved = [str(name) for name, number in class_numbers(query).items() if numbers.get(name, number) != number]
         if moved and val_split:
             raise InputError(f'--val-split {val_split}: {moved[0]} is another number there than in training')
         if moved:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.utils import accuracy
 from torch.utils.data import Dataset, Subset
 
+from timm_cgh.data import class_numbers
 from timm_cgh.errors import InputError
 from timm_cgh.files import atomic_write
 from timm_cgh.hub import export_backbone
@@ -102,13 +103,10 @@ def top_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> Tuple[float, flo
 
 def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
     """Names of the classes in the order of their labels, where the data set knows them all."""
+    numbers = class_numbers(dataset)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    reader = getattr(dataset, 'reader', dataset)
-    names = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
-    if isinstance(names, dict):
-        names = sorted(names, key=names.get)
-    names = names or getattr(reader, 'classes', None)
+    names = sorted(numbers, key=numbers.get) or getattr(getattr(dataset, 'reader', dataset), 'classes', None)
     return [str(name) for name in names] if names and len(names) == num_classes else None
 
 

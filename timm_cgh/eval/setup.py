@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from timm import utils
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from timm_cgh.arguments import Parser, at_least_one, natural, positive
-from timm_cgh.data import ImageSubset, data_name, image_mode, is_stream, labels_of, open_dataset
+from timm_cgh.data import (
+    ImageSubset, class_numbers, data_name, image_mode, is_stream, labels_of, open_dataset)
 from timm_cgh.data.sources import find_split_folder
 from timm_cgh.errors import InputError, blame
 from timm_cgh.files import atomic_write
@@ -143,15 +144,6 @@ def open_labelled(args: argparse.Namespace, split: str, is_training: bool = Fals
     return dataset if len(labelled) == len(labels) else ImageSubset(dataset, labelled, image_mode(args.in_chans or 3))
 
 
-def _class_numbers(dataset: Dataset) -> Dict[str, int]:
-    """Name -> label, where a data set knows its classes by name."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    reader = getattr(dataset, 'reader', dataset)
-    numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
-    return numbers if isinstance(numbers, dict) else {}
-
-
 def check_classes(train: Dataset, val: Dataset) -> int:
     """Number of classes of the training images, once the other images are known to be of the same ones.
 
@@ -162,7 +154,7 @@ def check_classes(train: Dataset, val: Dataset) -> int:
     classes = np.unique(train_labels)
     if len(classes) < 2:
         raise InputError('--data-dir: the training images are all of one class, put them in class folders')
-    train_names, val_names = _class_numbers(train), _class_numbers(val)
+    train_names, val_names = class_numbers(train), class_numbers(val)
     foreign = sorted(str(name) for name in set(val_names) - set(train_names)) if train_names else []
     foreign = foreign or [str(label) for label in np.setdiff1d(val_labels, classes)]
     if foreign:

@@ -25,11 +25,13 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_handler_stays():
+def nothing_stays():
     """A script that a test calls in this process has the root logger write to that test's stderr, which is closed
-    when the test ends: the next one to log would get tracebacks on its own."""
+    when the test ends: the next one to log would get tracebacks on its own. It may also have small numbers flushed."""
     yield
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
         root.removeHandler(handler)
     root.setLevel(logging.WARNING)
+    if 'torch' in sys.modules:
+        sys.modules['torch'].set_flush_denormal(False)

@@ -99,7 +99,7 @@ def main(argv=None):
         cache_features=args.cache_features,
         optimization=(args.momentum, args.weight_decay),
         augmentation=None if args.cache_features else (*args.scale, args.hflip),
-        input={k: data_config[k] for k in ('input_size', 'mean', 'std', 'interpolation')},
+        input=data_config,
     )
     state = find_state(args.output, args.resume, settings)
     backbone.to(device).eval().requires_grad_(False)

@@ -157,7 +157,7 @@ def main(argv=None):
         num_classes=num_classes,
         optimization=(args.momentum, args.weight_decay, args.decay_rate),
         augmentation=(*args.scale, args.hflip),
-        input={k: data_config[k] for k in ('input_size', 'mean', 'std', 'interpolation')},
+        input=data_config,
     )
     state = find_state(args.output, args.resume, settings)
 

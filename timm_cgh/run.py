@@ -189,8 +189,13 @@ def restore(
 
 def order_of(args: argparse.Namespace, steps: int) -> Dict[str, int]:
     """What the order of the batches depends on: a checkpoint in the middle of an epoch holds for this order alone."""
-    names = ('seed', 'batch_size', 'world_size', 'grad_accum_steps')
-    return {'steps': steps, **{name: getattr(args, name) for name in names}}
+    return dict(
+        seed=args.seed,
+        steps=steps,
+        batch_size=args.batch_size,
+        world_size=args.world_size,
+        grad_accum_steps=args.grad_accum_steps,
+    )
 
 
 def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:

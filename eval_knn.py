@@ -23,7 +23,7 @@ from timm_cgh.arguments import Parser, at_least_one, natural, positive
 from timm_cgh.data import image_mode
 from timm_cgh.data.decode import read_or_next
 from timm_cgh.errors import InputError, blame
-from timm_cgh.eval import eval_crop_pct
+from timm_cgh.eval import Pixels, eval_crop_pct
 from timm_cgh.eval.classifier import class_names
 from timm_cgh.eval.extract import block_indices, gather_rows
 from timm_cgh.eval.knn import best_knn, chunk_size, knn_predict, nearest_neighbors
@@ -42,6 +42,8 @@ group = parser.add_argument_group('kNN')
 group.add_argument('--k', nargs='+', type=at_least_one, metavar='K',
                    help=f"neighbours; default those of {', '.join(map(str, DEFAULT_KS))} that the data set has")
 group.add_argument('--temperature', type=positive, default=0.07, metavar='T', help='of the vote')
+group.add_argument('--pixels', action='store_true',
+                   help="raw pixels (at most 32 x 32, of --model's size) in place of features: the level to beat")
 group.add_argument('--save-features', metavar='DIR', help='write the feature matrices there (safetensors)')
 group.add_argument('--queries', type=natural, default=8, metavar='N', help='rows of the retrieval picture in --output')
 
@@ -95,14 +97,21 @@ def main(argv=None):
             os.makedirs(args.save_features, exist_ok=True)
 
     # ---- backbone, data, features
+    if args.pixels:
+        if args.checkpoint:
+            raise InputError('--pixels: no weights are asked for, not with --checkpoint')
+        args.no_pretrained = True
     backbone, data_config = load_backbone(args)
+    if args.pixels:
+        backbone = Pixels(data_config['mean'], data_config['std'])
     train_set, val_set = open_labelled(args, args.train_split), open_labelled(args, args.val_split)
     num_classes = check_classes(train_set, val_set)
     names = class_names(train_set, num_classes)
     ks = choose_ks(args.k, len(train_set))
     if primary:
+        what = 'raw pixels' if args.pixels else args.model
         _logger.info(
-            f'{args.model}: {len(train_set)} images of {num_classes} classes, {len(val_set)} to judge by, on {device}')
+            f'{what}: {len(train_set)} images of {num_classes} classes, {len(val_set)} to judge by, on {device}')
     began = time.monotonic()
     backbone.to(device).to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     with logging_redirect_tqdm():
@@ -132,8 +141,11 @@ def main(argv=None):
             if args.queries:
                 save_retrieval(args, train_set, val_set, train, val, names)
     size = data_config['input_size'][-1]
+    judged = what_is_judged(args)
+    if args.pixels:
+        judged['weights'] = 'pixels'
     write_results(args, dict(
-        **what_is_judged(args),
+        **judged,
         protocol='knn',
         top1=round(top1, 4),
         top1_err=round(100 - top1, 4),

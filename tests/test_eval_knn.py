@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchvision.transforms.functional import to_tensor
 
 from conftest import REPOSITORY
 from timm_cgh.data import Digits
@@ -98,6 +99,18 @@ def test_only_the_k_that_are_asked_for_are_tried(encoder, capsys):
     assert list(printed(capsys.readouterr().out)['knn']) == ['1', '3']
 
 
+def test_raw_pixels_are_judged_by_the_same_protocol(encoder, capsys):
+    assert knn(encoder, '--pixels', '--k', '5') == 0
+    results = printed(capsys.readouterr().out)
+    parts = []
+    for split in ('train', 'validation'):
+        images, labels = zip(*(Digits(split, 'L')[i][:2] for i in range(len(Digits(split, 'L')))))
+        images = [to_tensor(image.resize((16, 16), Image.Resampling.BILINEAR)).flatten() for image in images]
+        parts += [torch.stack(images), torch.tensor(labels)]
+    assert results['top1'] == pytest.approx(knn_accuracy(*parts, ks=(5,))[5], abs=1e-3)
+    assert (results['weights'], results['num_features']) == ('pixels', 256)
+
+
 @pytest.mark.parametrize('images, ks', [(150, [10, 20, 100]), (7, [7]), (200, [10, 20, 100, 200])])
 def test_default_k_fit_the_data_set(images, ks):
     assert importlib.import_module('eval_knn').choose_ks(None, images) == ks
@@ -110,6 +123,7 @@ def test_default_k_fit_the_data_set(images, ks):
     (['--val-split', 'test'], 'there are train and validation'),
     (['--save-features', '/dev/null/here'], '--save-features /dev/null/here'),
     (['--checkpoint', 'nowhere.pth'], 'nowhere.pth: no such file'),
+    (['--pixels', '--checkpoint', 'nowhere.pth'], '--pixels: no weights are asked for'),
 ])
 def test_refusals_are_one_line(encoder, capsys, args, named):
     assert named in refused(capsys, encoder, *args)

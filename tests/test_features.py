@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, Subset
 
-from timm_cgh.eval import create_eval_loader, eval_crop_pct, extract_features, pixel_features
+from timm_cgh.eval import Pixels, create_eval_loader, eval_crop_pct, extract_features
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -112,7 +112,6 @@ def test_training_flags_statistics_and_random_state_are_left_as_they_were():
     state = {k: v.clone() for k, v in model.state_dict().items()}
     random_state = torch.get_rng_state()
     extract_features(model, create_eval_loader(Noise(), config()))
-    pixel_features(create_eval_loader(Noise(), config()))
     assert [m.training for m in model.modules()] == flags
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -163,7 +162,7 @@ def test_models_with_classifier_or_without_pooling_are_refused():
 
 def test_pixel_features_are_the_unnormalised_pixels():
     data = Noise(size=24)
-    features, labels = pixel_features(create_eval_loader(data, config(24), batch_size=4))
+    features, labels = extract_features(Pixels(MEAN, STD), create_eval_loader(data, config(24), batch_size=4))
     expected = torch.from_numpy(data.pixels).permute(0, 3, 1, 2).flatten(1) / 255
     assert torch.allclose(features, expected, atol=1e-6)
     assert len(labels) == 10
@@ -171,16 +170,6 @@ def test_pixel_features_are_the_unnormalised_pixels():
 
 def test_pixel_features_of_large_images_are_block_averages():
     data = Noise(size=64)
-    features, _ = pixel_features(create_eval_loader(data, config(64)))
+    features, _ = extract_features(Pixels(MEAN, STD), create_eval_loader(data, config(64)))
     blocks = torch.from_numpy(data.pixels).permute(0, 3, 1, 2).reshape(10, 3, 32, 2, 32, 2) / 255
     assert torch.allclose(features, blocks.mean(dim=(3, 5)).flatten(1), atol=1e-6)
-
-
-def test_the_prefetcher_gives_the_same_pixels():
-    loader = create_eval_loader(Noise(), config())
-    prefetch = timm.data.create_loader(
-        loader.dataset, (3, 32, 32), 4, mean=MEAN, std=STD, crop_pct=1.0, num_workers=0,
-        device=torch.device('cpu'), use_prefetcher=True, persistent_workers=False,
-    )
-    features, _ = pixel_features(prefetch)
-    assert torch.allclose(features, pixel_features(create_eval_loader(Noise(), config()))[0], atol=1e-5)

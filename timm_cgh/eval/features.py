@@ -1,17 +1,16 @@
 """Images -> feature matrix, for everything that judges a frozen backbone."""
 import copy
-from typing import Any, Dict, Iterable, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import create_loader
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.transforms import Normalize
 
 from timm_cgh.data.workers import iterate, start_worker
 
-__all__ = ['create_eval_loader', 'eval_crop_pct', 'extract_features', 'pixel_features']
+__all__ = ['Pixels', 'create_eval_loader', 'eval_crop_pct', 'extract_features']
 
 
 def eval_crop_pct(img_size: int) -> float:
@@ -174,37 +173,25 @@ def extract_features(
     return torch.cat(features), torch.cat(labels).long()
 
 
-def _normalization(loader: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std that timm's loader applies, (1, C, 1, 1), for pixel values in [0, 1]."""
-    if hasattr(loader, 'mean'):  # the prefetcher's are for 0..255
-        return loader.mean.cpu().float() / 255, loader.std.cpu().float() / 255
-    normalize = next(t for t in loader.dataset.transform.transforms if isinstance(t, Normalize))
-    return tuple(torch.as_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (normalize.mean, normalize.std))
-
-
-def pixel_features(loader: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Pixel values as features: the yardstick that any backbone should beat.
+class Pixels(nn.Module):
+    """Pixel values as features: the yardstick that any backbone should beat. A model without parameters, for
+    `extract_features`.
 
     Args:
-        loader: from `create_eval_loader`
-
-    Returns:
-        (N, C * h * w) float32 values in [0, 1] of the images before normalisation, averaged down to at most 32 x 32 px,
-        and (N,) int64 labels
-
-    Raises:
-        ValueError: the loader is empty
+        mean, std: per channel, that the images have been normalised with
+        max_size: larger images are averaged down to that many px on a side
     """
-    mean, std = _normalization(loader)
-    features, labels = [], []
-    with torch.random.fork_rng(devices=[]):
-        for images, target in iterate(loader):
-            images = (images.cpu().float() * std + mean).clamp_(0, 1)
-            size = tuple(min(side, 32) for side in images.shape[-2:])
-            if size != images.shape[-2:]:
-                images = F.interpolate(images, size=size, mode='area')
-            features.append(images.flatten(1))
-            labels.append(target.cpu())
-    if not features:
-        raise ValueError('no images to take pixels from')
-    return torch.cat(features), torch.cat(labels).long()
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], max_size: int = 32):
+        super().__init__()
+        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.max_size = max_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) normalised images -> (B, C * h * w) values in [0, 1], h and w at most `max_size`."""
+        images = (images.float() * self.std + self.mean).clamp(0, 1)
+        size = tuple(min(side, self.max_size) for side in images.shape[-2:])
+        if size != images.shape[-2:]:
+            images = F.interpolate(images, size=size, mode='area')
+        return images.flatten(1)

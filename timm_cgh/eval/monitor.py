@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from .features import create_eval_loader, extract_features, pixel_features
+from .features import Pixels, create_eval_loader, extract_features
 from .knn import best_knn, knn_accuracy
 
 __all__ = ['KnnMonitor']
@@ -35,15 +35,18 @@ class KnnMonitor:
             create_eval_loader(dataset, data_config, batch_size=batch_size, workers=workers, device=device)
             for dataset in (reference, query)
         ]
+        self.raw = Pixels(data_config['mean'], data_config['std']).to(device)
         self.device = device
         self.amp_dtype = amp_dtype
 
     def __call__(self, model: nn.Module) -> float:
         """Best top-1 in percent. The model's modes and the random state are as before afterwards."""
-        reference, query = (extract_features(model, loader, self.device, self.amp_dtype) for loader in self.loaders)
-        return best_knn(knn_accuracy(*reference, *query))[1]
+        return self._judge(model, self.amp_dtype)
 
     def pixels(self) -> float:
         """The same for the raw pixels (at most 32 x 32), the yardstick that a representation must beat."""
-        reference, query = (pixel_features(loader) for loader in self.loaders)
+        return self._judge(self.raw, None)
+
+    def _judge(self, model: nn.Module, amp_dtype: Optional[torch.dtype]) -> float:
+        reference, query = (extract_features(model, loader, self.device, amp_dtype) for loader in self.loaders)
         return best_knn(knn_accuracy(*reference, *query))[1]

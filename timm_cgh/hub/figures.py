@@ -17,7 +17,7 @@ class Figure(NamedTuple):
         top1, top5: percent; no top5 where it was not measured
         protocol: all that a reader needs to measure it again
         settings: the same for machines
-        own: of the weights in question, not of random ones to compare with
+        own: of the weights in question, not a level to compare with
     """
     name: str
     dataset: str
@@ -85,20 +85,21 @@ def _semisup(results: Mapping[str, Any]) -> Tuple[str, str, Tuple[str, ...]]:
     return f'Fine-tuned on {results["percent"]:g} % of the labels', protocol, ('percent', 'epochs', 'lr', 'lr_head')
 
 
+_LEVELS = {'random': 'random weights', 'pixels': 'raw pixels'}  # to compare with
 _PROTOCOLS = {'knn': _knn, 'linear': _linear, 'linear, cached features': _linear, 'semi-supervised': _semisup}
 
 
 def _check_model(results: Mapping[str, Any], architecture: str, export: Path) -> None:
     """Refuse figures that may be another model's: run and export must have the same names, whatever leads there.
 
-    Random weights of the same architecture are welcome, as the level to compare with.
+    Random weights of the same architecture and raw pixels are welcome, as the levels to compare with.
     """
     model, weights = str(results['model']), results.get('weights', 'its own')
     source, _, folder = model.partition(':')
     parts = Path(folder).parts[-2:]
     ways = (export.absolute(), export.resolve())  # which may differ by a link
     same = source == 'local-dir' and parts and any(way.parts[-len(parts):] == parts for way in ways)
-    if weights == 'random' and (same or model.split('.')[0] == architecture):
+    if weights in _LEVELS and (same or model.split('.')[0] == architecture):
         return
     if not same or weights != 'its own':
         raise InputError(f'measured on {model} ({weights} weights); must be by --model local-dir:{export}')
@@ -123,15 +124,15 @@ def read_figure(path: Union[str, Path], architecture: str, export: Path) -> Figu
             f'{results["num_classes"]} classes to judge by (split {results.get("val_split", "not recorded")}); '
             f'{results["img_size"]} px, {100 * results["crop_pct"]:g} % centre crop, {results["interpolation"]}')
         keys += ('train_images', 'val_images', 'num_classes', 'img_size', 'crop_pct')
-        own = results.get('weights') != 'random'
+        level = _LEVELS.get(results.get('weights'))
         return Figure(
-            name if own else f'{name}, random weights',
+            f'{name}, {level}' if level else name,
             str(results.get('dataset', 'not recorded')),
             float(results['top1']),
             results.get('top5'),
             f'{protocol}; {images}',
             {key: results[key] for key in keys},
-            own,
+            level is None,
         )
     except InputError as error:
         raise InputError(f'--results {path}: {error}') from error

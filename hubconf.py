@@ -1,7 +1,7 @@
 """torch.hub entry points: plain timm models, with weights that CGH has trained.
 
     import torch
-    model = torch.hub.load('<owner>/timm-cgh', 'cgh_resnet18', pretrained=True)
+    model = torch.hub.load('<owner>/timm-cgh', 'cgh_resnet18')
     model = torch.hub.load('<owner>/timm-cgh', 'cgh', checkpoint='hf-hub:<owner>/<name>')
 """
 from pathlib import Path as _Path
@@ -15,30 +15,32 @@ from timm_cgh.models.weights import load_folder as _load_folder, load_weights as
 dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub']
 
 
-def cgh_resnet18(pretrained=False, **kwargs):
+def cgh_resnet18(pretrained=True, **kwargs):
     """ResNet-18 of timm, without classifier: (B, 3, H, W) images -> (B, 512) features.
 
     Args:
-        pretrained: load the weights that CGH has trained; those in the repository's weights/, else from the Hub
+        pretrained: load the weights that CGH has trained, those in the repository's weights/, else from the Hub; False
+            gives random weights
         **kwargs: whatever timm.create_model('resnet18', ...) takes, such as num_classes=10, in_chans=1 or
             features_only=True
 
     Raises:
-        RuntimeError: pretrained=True, and no checkpoint is published yet, or it cannot be had
+        RuntimeError: `pretrained`, and no checkpoint is published yet, or it cannot be had
     """
     return _timm.create_model('cgh_resnet18', pretrained=pretrained, **kwargs)
 
 
-def cgh_resnet50(pretrained=False, **kwargs):
+def cgh_resnet50(pretrained=True, **kwargs):
     """ResNet-50 of timm, without classifier: (B, 3, H, W) images -> (B, 2048) features.
 
     Args:
-        pretrained: load the weights that CGH has trained; those in the repository's weights/, else from the Hub
+        pretrained: load the weights that CGH has trained, those in the repository's weights/, else from the Hub; False
+            gives random weights
         **kwargs: whatever timm.create_model('resnet50', ...) takes, such as num_classes=10, in_chans=1 or
             features_only=True
 
     Raises:
-        RuntimeError: pretrained=True, and no checkpoint is published yet, or it cannot be had
+        RuntimeError: `pretrained`, and no checkpoint is published yet, or it cannot be had
     """
     return _timm.create_model('cgh_resnet50', pretrained=pretrained, **kwargs)
 

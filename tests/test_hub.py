@@ -203,11 +203,20 @@ torch.save((names, model(torch.load(sys.argv[1] + '/images.pt'))), sys.argv[1] +
 
 
 def test_hub_builds_any_timm_model():
-    assert hub('cgh_resnet18').num_features == 512
-    assert hub('cgh_resnet50', num_classes=3).get_classifier().out_features == 3
+    assert hub('cgh_resnet18', pretrained=False).num_features == 512
+    assert hub('cgh_resnet50', pretrained=False, num_classes=3).get_classifier().out_features == 3
     assert hub('cgh').num_features == 2048
     model = hub('cgh', backbone='resnet18_s1', in_chans=1)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 512)
+
+
+def test_hub_loads_what_is_trained_unless_told_otherwise(weights, images):
+    _, state = weights
+    stock = timm.create_model('resnet18', num_classes=0).eval()
+    stock.load_state_dict(state)
+    assert torch.equal(hub('cgh_resnet18').eval()(images), stock(images))
+    with pytest.raises(RuntimeError, match='published for cgh_resnet50 yet'):
+        hub('cgh_resnet50')
 
 
 @pytest.mark.parametrize('backbone', (None, 'resnet18', 'resnet18.a1_in1k'))

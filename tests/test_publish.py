@@ -185,7 +185,7 @@ def test_stock_timm_gives_the_same_features_without_our_package(published, featu
 
 
 def test_registry_name_gives_the_same_features_from_the_pinned_commit(published, features, client, hub, tmp_path):
-    client(at_client.add_row, published.key, published.row)
+    client(at_client.publish_only, published.key, published.row)
     for name in ('cgh_resnet18', published.key):
         assert torch.equal(client(at_client.features, name, cache_dir=tmp_path), features)
     commit = published.row['hf_hub_id'].split('@')[1]

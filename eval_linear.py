@@ -23,14 +23,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.errors import InputError
 from timm_cgh.eval import eval_crop_pct
-from timm_cgh.eval.classifier import (
-    as_classifier, class_names, export_classifier, find_state, save_state, weights_digest)
+from timm_cgh.eval.classifier import as_classifier, class_names, export_classifier, find_state, save_state
 from timm_cgh.eval.crops import CropLoader
 from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, losses_of
 from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
 from timm_cgh.eval.setup import (
     add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
     what_is_judged, write_results)
+from timm_cgh.models.weights import weights_digest
 from timm_cgh.progress import Progress
 from timm_cgh.summary import Summary
 
@@ -87,9 +87,8 @@ def main(argv=None):
     backbone, data_config = load_backbone(args)
     train_set, val_set = open_labelled(args, args.train_split), open_labelled(args, args.val_split)
     num_classes = check_classes(train_set, val_set)
-    digest = weights_digest(backbone)
     settings = dict(
-        model=digest,
+        model=args.digest,
         lr=args.lr,
         epochs=args.epochs,
         batch_size=args.batch_size * args.world_size,
@@ -178,7 +177,7 @@ def main(argv=None):
 
     # ---- what it comes to
     backbone.cpu()
-    if weights_digest(backbone) != digest:
+    if weights_digest(backbone) != args.digest:
         raise RuntimeError('the frozen backbone has changed')
     if not primary:
         return end_run(args)

@@ -27,7 +27,7 @@ from timm_cgh.data import ImageSubset, image_mode, labels_of
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.classifier import (
-    as_classifier, class_names, export_classifier, find_state, save_state, top_accuracy, weights_digest)
+    as_classifier, class_names, export_classifier, find_state, save_state, top_accuracy)
 from timm_cgh.eval.crops import CropLoader
 from timm_cgh.eval.linear import LinearHeads
 from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
@@ -146,7 +146,7 @@ def main(argv=None):
         least=2,  # batch statistics of a single image are none
     )
     settings = dict(
-        model=weights_digest(backbone),
+        model=args.digest,
         images=hashlib.sha256(chosen.tobytes()).hexdigest(),
         lr=args.lr,
         lr_head=args.lr_head,

@@ -37,7 +37,8 @@ from timm_cgh.loss import CONTEXTS
 from timm_cgh.optim import fill_momentum
 from timm_cgh.progress import Progress, StopRequest, peak_memory
 from timm_cgh.run import (
-    build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, warn_if_collapsed)
+    build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, saved_bank_size,
+    warn_if_collapsed)
 from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
 from timm_cgh.summary import Boards, Summary
 from timm_cgh.task import PEERS, Meter, MomentumTask, RunSaver
@@ -143,7 +144,8 @@ group.add_argument('--sched', default='cosine',
 group.add_argument('--warmup-epochs', type=non_negative, metavar='N', help='default 5, at most a quarter of the run')
 group.add_argument('--warmup-lr', type=non_negative, default=0.0, metavar='X')
 group.add_argument('--min-lr', type=non_negative, default=0.0, metavar='X')
-group.add_argument('--decay-epochs', type=positive, default=90, metavar='N')
+group.add_argument('--decay-epochs', type=positive, metavar='N',
+                   help='between steps (default 90); of the decay of wsd (default the last fifth)')
 group.add_argument('--decay-milestones', type=at_least_one, nargs='+', default=[90, 180, 270], metavar='N',
                    help='epochs, counted from the beginning of the run')
 group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X')
@@ -197,7 +199,7 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
         FloatingPointError: the loss is not finite
     """
     task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker = parts
-    steps, accum, distributed = len(loader), args.grad_accum_steps, dist.is_initialized()
+    steps, accum = len(loader), args.grad_accum_steps
     task.train()
     loader.set_epoch(epoch, start)
     progress = Progress(
@@ -252,8 +254,7 @@ def train_one_epoch(args, parts, epoch, start, meter, knn):
         if done % args.log_interval == 0 or done == steps:
             progress.report(done, means()['loss'], optimizer.param_groups[0]['lr'], knn)
         if update and done < steps:
-            # a collective question is asked only now and then, and between epochs
-            if (not distributed or done % args.log_interval < group_size) and stop.agreed(to_device.device):
+            if stop.due(args.log_interval) and stop.agreed(to_device.device):
                 save_recovery(done)
                 progress.bar.close()
                 return None
@@ -303,6 +304,7 @@ def main(argv=None):
         **source,
     )
     images = num_images(dataset)
+    args.bank_size = args.bank_size or saved_bank_size(args)  # there may be more images since
     choose_settings(args, images)
     task, model_kwargs = build_task(args)
     tracker = create_tracker(args, task, dataset)
@@ -393,8 +395,8 @@ def main(argv=None):
         task.num_updates = start_epoch * updates + start_batch // args.grad_accum_steps
         if start_batch:
             meter.load_state_dict(place['meter'], device)
-        if os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder):
-            saver.restore(state)
+        if primary and os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder):
+            saver.restore(state, resume)
         _logger.info(f'Resumed {resume} at epoch {start_epoch}, batch {start_batch}')
     if args.distributed:
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
@@ -427,7 +429,8 @@ def main(argv=None):
             knn = knn_before = check_knn()
         untrained = '' if knn_before is None else f', of the backbone before training {knn_before:.2f} %'
         _logger.info(f'kNN top-1 of the raw pixels {pixels:.2f} %{untrained}')
-    saver.progress = dict(epoch=0, batch=0, knn=knn, knn_before=knn_before, order=order_of(args, len(loader)))
+    saver.progress = dict(epoch=0, batch=0, knn=knn, knn_before=knn_before, order=order_of(args, len(loader)),
+                          bank_size=args.bank_size)
 
     # ---- training
     stop, unreadable, finished = StopRequest(), set(), True

@@ -8,12 +8,14 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm import create_model
 
 from timm_cgh.data import data_name
 from timm_cgh.errors import InputError
 from timm_cgh.hub import export_backbone
 from timm_cgh.hub.publish import check_repo_id, portable_args, read_args, write_folder
 from timm_cgh.models import create_backbone
+from timm_cgh.models.weights import weights_digest
 from timm_cgh.task.portable import read_portable, write_portable
 
 CONFIG = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -147,6 +149,31 @@ def test_figures_of_the_run_before_it_moved_are_taken(run):
     assert '| kNN, k = 20 | cifar10 | 61.50 |' in write(folder, results=[path])
 
 
+def test_recipe_tells_what_changes_the_training(run):
+    card = write(run(lr_base_scale='sqrt', relation_weight=0.25, bn_splits=8, no_decay_norm_bias=True))
+    assert '| Learning rate | 0.05 x sqrt(global batch / 256) |' in card
+    further = next(row for row in card.splitlines() if row.startswith('| Further |'))
+    for text in ('relation_weight 0.25', 'bn_splits 8', 'no_decay_norm_bias', 'momentum 0.9', 'contrast_temp 0.2'):
+        assert text in further, text
+    assert 'sync_bn' not in further
+
+
+def test_figures_of_weights_that_a_run_had_earlier_are_refused(run):
+    folder = run()
+    digest = weights_digest(create_model(f'local-dir:{folder}/export', pretrained=True))
+    write(folder, results=[results(folder, digest=digest)])
+    with pytest.raises(InputError, match='measured on other weights than those that are in'):
+        write(folder, results=[results(folder, digest='0' * 64)])
+    write(folder, results=[results(folder, digest='0' * 64, weights='random')])
+
+
+def test_leaderboards_hear_of_the_last_epochs_knn_alone(run):
+    folder = run()
+    (folder / 'summary.csv').write_text('epoch,train_loss,eval_knn\n0,5.0,40.5\n1,4.0,\n')
+    card = write(folder)
+    assert '| kNN after epoch 1 | birds | 40.50 |' in card and not ModelCard(card).data.eval_results
+
+
 def test_small_image_resnets_say_what_they_need(run):
     card = write(run('resnet18_s1'))
     assert 'import timm, timm_cgh' in card and 'torchvision' not in card and '--to detectron2' not in card
@@ -181,6 +208,9 @@ def test_portable_arguments_are_options_of_train_py(run):
     kept = portable_args({**args, 'model': 'local-dir:/secret/export'}, 'resnet18')
     assert kept.keys() <= {action.dest for action in train.parser._actions}
     assert kept['dataset'] == '' and kept['model'] == 'resnet18'
+    assert not {'train_split', 'val_split', 'input_key', 'target_key'} & kept.keys()
+    args = read_args(run(dataset='hfds/owner/name', train_split='train[:100]'))
+    assert portable_args(args, 'resnet18')['train_split'] == 'train[:100]'
 
 
 @pytest.mark.parametrize('spoil, said', [

@@ -17,10 +17,11 @@ from conftest import REPOSITORY
 from timm_cgh.data import Digits
 from timm_cgh.errors import InputError
 from timm_cgh.eval import create_eval_loader
-from timm_cgh.eval.classifier import as_classifier, class_names, top_accuracy, weights_digest
+from timm_cgh.eval.classifier import as_classifier, class_names, top_accuracy
 from timm_cgh.eval.crops import BlockSampler, CropLoader
 from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, losses_of
 from timm_cgh.hub import export_backbone
+from timm_cgh.models.weights import weights_digest
 
 CONFIG = dict(input_size=(1, 16, 16), mean=(0.3,), std=(0.37,), interpolation='bilinear')
 DIGITS = ['--dataset', 'digits', '--in-chans', '1', '--batch-size', '256', '--workers', '0', '--device', 'cpu']

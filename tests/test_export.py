@@ -81,6 +81,15 @@ def test_features_only_weights_go_back_to_plain_names(name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('name', ('vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'))
+def test_features_only_models_built_for_one_size_go_back_as_well(name):
+    wrapper = create_backbone(name, img_size=64, features_only=True, out_indices=(-2, -1))
+    plain = plain_backbone(wrapper, img_size=64)
+    assert plain(torch.zeros(1, 3, 64, 64)).shape == (1, plain.num_features)
+    with pytest.raises(RuntimeError, match='has no place in the plain model'):
+        plain_backbone(wrapper)
+
+
 def test_layers_that_the_wrapper_lacks_are_named():
     plain = plain_backbone(timm.create_model('efficientnet_lite0', features_only=True))
     assert 'conv_head.weight' in plain.untrained_keys

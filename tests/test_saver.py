@@ -80,9 +80,32 @@ def test_ranking_goes_on_after_a_resume_and_a_missing_best_is_made(saver, tmp_pa
     state['saver']['pending'] = (1, 60.0)
     again = RunSaver(
         saver.run_task, optimizer=saver.optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path), max_history=1)
-    again.restore(state)
+    again.restore(state, str(tmp_path / 'last.pth.tar'))
     assert (again.best_epoch, again.best_metric) == (1, 60.0)
     assert (tmp_path / 'model_best.pth.tar').exists()
+
+
+@pytest.mark.parametrize('hard_links', (True, False))
+def test_a_run_can_be_taken_back_to_its_best(saver, tmp_path, hard_links):
+    weight = saver.run_task.student.backbone.layer1[0].conv1.weight
+    for epoch, metric in enumerate((50.0, 60.0, 40.0)):
+        torch.nn.init.constant_(weight, epoch)
+        saver.can_hardlink = hard_links
+        saver.progress = dict(epoch=epoch + 1, batch=0)
+        saver.save_checkpoint(epoch, metric=metric)
+    saver.progress = dict(epoch=3, batch=7)
+    saver.save_recovery(3, 7)
+    best = str(tmp_path / 'model_best.pth.tar')
+    again = RunSaver(
+        saver.run_task, optimizer=saver.optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path), max_history=1)
+    again.can_hardlink = hard_links
+    again.restore(read_checkpoint(best), best)
+    for name in ('model_best', 'last'):  # the collapsed epoch is in neither
+        state = read_checkpoint(str(tmp_path / f'{name}.pth.tar'))
+        assert state['progress']['epoch'] == 2 and (state['state_dict']['layer1.0.conv1.weight'] == 1).all(), name
+    assert find_resume(str(tmp_path)).endswith('last.pth.tar')
+    assert not list(tmp_path.glob('recovery*')) and not list(tmp_path.glob('*.tmp'))
+    assert (again.best_epoch, again.best_metric) == (1, 60.0)
 
 
 def test_meter_averages_each_name_over_the_steps_that_had_it():

@@ -162,6 +162,7 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
     ['--context', 'same', '--predictor', '--hyper-norm', 'group', '--bn-splits', '4'],
     ['--context', 'global', '--opt', 'adamw', '--opt-betas', '0.9', '0.95', '--no-decay-norm-bias'],
     ['--features-only', '--out-indices', '1', '3', '--drop-path', '0.1'],
+    ['--features-only', '--model', 'test_vit', '--img-size', '32'],
     # 64 px: torch's bfloat16 convolution on a CPU reads memory that it has not written where a map has one position
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--clip-grad', '1', '--grad-accum-steps', '2', '--img-size', '64'],
     ['--torchcompile', 'eager', '--out-indices', '-4', '-3', '-2', '-1'],
@@ -171,7 +172,8 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
 def test_options_run(tmp_path, images, options):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', *options))
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True).eval()
-    assert model(torch.randn(1, 3, 16, 16)).shape == (1, model.head_hidden_size)
+    size = 32 if 'test_vit' in options else 16
+    assert model(torch.randn(1, 3, size, size)).shape == (1, model.head_hidden_size)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -179,6 +181,12 @@ def test_milestones_count_from_the_beginning_of_the_run(tmp_path, images):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 3, '--output', tmp_path, '--experiment', 'run', '--knn-interval', 0,
                    '--sched', 'multistep', '--decay-milestones', 1, 2, '--warmup-epochs', 0.5))
     assert [float(row['lr']) for row in rows_of(tmp_path / 'run')] == pytest.approx([0.003, 0.0003, 0.0003])  # at their ends
+
+
+def test_wsd_decays_over_the_last_fifth_unless_told_otherwise(tmp_path, images):
+    check_ok(train(*TINY, '--data-dir', images, '--epochs', 6, '--output', tmp_path, '--experiment', 'run', '--knn-interval', 0,
+                   '--sched', 'wsd', '--warmup-epochs', 1))
+    assert [float(row['lr']) for row in rows_of(tmp_path / 'run')] == pytest.approx([0.03] * 5 + [0], abs=1e-6)
 
 
 def test_number_of_workers_changes_no_loss(tmp_path, images):
@@ -308,6 +316,15 @@ def test_knn_may_be_switched_on_by_a_resume(tmp_path, images):
     assert rows_of(tmp_path / 'run')[1]['eval_knn']
 
 
+def test_a_resume_keeps_its_banks_when_there_are_more_images(tmp_path):
+    at = TINY.index('--bank-size')
+    args = [*TINY[:at], *TINY[at + 2:], '--data-dir', tmp_path / 'images', '--output', tmp_path, '--experiment', 'run',
+            '--resume', 'auto', '--knn-interval', 0]
+    for epochs, count in ((1, 24), (2, 64)):
+        make_images(tmp_path / 'images', count)
+        assert ', bank 2, ' in check_ok(train(*args, '--epochs', epochs))
+
+
 def test_the_schedule_of_a_resume_goes_by_epochs_whatever_their_number_of_batches(tmp_path, images):
     args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--knn-interval', 0]
     check_ok(train(*args, '--epochs', 2))
@@ -351,6 +368,26 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
     assert not request.agreed(torch.device('cpu'))
     monkeypatch.setattr(torch.distributed, 'all_reduce', lambda flag, op: None)
     assert request.agreed(torch.device('cpu')) and request.signum == signal.SIGTERM
+
+
+def test_processes_ask_each_other_in_time_and_not_more_often_than_needed(monkeypatch):
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    now = 0.0
+    monkeypatch.setattr(time, 'perf_counter', lambda: now)
+    request = StopRequest(patience=5)
+    assert request.due(50)  # alone, always: it costs nothing
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda answers, op: None)
+    asked = {}
+    for seconds in (0.01, 0.5, 2.0, 20.0):
+        asked[seconds] = []
+        for update in range(150):
+            now += seconds
+            if request.due(50):
+                asked[seconds].append(update)
+                assert not request.agreed(torch.device('cpu'))
+    gaps = {seconds: updates[-1] - updates[-2] for seconds, updates in asked.items()}
+    assert gaps == {0.01: 50, 0.5: 10, 2.0: 2, 20.0: 1}
 
 
 # ---- many processes

@@ -34,10 +34,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask for a clean end; a second Ctrl-C ends at once."""
+    """SIGTERM and Ctrl-C ask for a clean end; a second Ctrl-C ends at once.
 
-    def __init__(self):
+    Processes must ask each other, and those of a GPU wait for it then: only now and then, yet in time for a launcher
+    that kills after half a minute.
+
+    Args:
+        patience: seconds between two questions, about
+    """
+
+    def __init__(self, patience: float = 5.0):
+        self.patience = patience
         self.signum = 0
+        self.every, self.waited, self.asked = 1, 0, time.perf_counter()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
 
@@ -45,12 +54,24 @@ class StopRequest:
         self.signum = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def due(self, most: int) -> bool:
+        """Whether it is time to ask, on all processes at once; to be called after each update.
+
+        Args:
+            most: updates between two questions
+        """
+        self.waited += 1
+        return not (dist.is_available() and dist.is_initialized()) or self.waited >= min(self.every, most)
+
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was asked; in DDP, all must call."""
         if dist.is_available() and dist.is_initialized():
-            flag = torch.tensor(float(self.signum), device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            agreed = int(flag)
+            pace = (time.perf_counter() - self.asked) / max(1, self.waited)
+            answers = torch.tensor([self.signum, pace], device=device)
+            dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+            signum, pace = answers.tolist()  # of the slowest: the same number on all
+            self.every, self.waited, self.asked = int(self.patience / max(pace, 1e-6)), 0, time.perf_counter()
+            agreed = int(signum)
             self.signum = agreed or self.signum  # asked in the meantime: the others hear of it the next time
             return agreed != 0
         return self.signum != 0

@@ -20,7 +20,7 @@ from timm_cgh.data import ViewSpec, is_stream, labels_of
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, save_relations
-from timm_cgh.hub import export_backbone, load_weights
+from timm_cgh.hub import export_backbone, load_weights, plain_backbone
 from timm_cgh.models import create_backbone
 from timm_cgh.optim import load_optimizer
 from timm_cgh.report import save_curves
@@ -30,7 +30,7 @@ from timm_cgh.task import (
 
 __all__ = [
     'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
-    'warn_if_collapsed',
+    'saved_bank_size', 'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
@@ -55,6 +55,10 @@ def build_task(args: argparse.Namespace) -> Tuple[MomentumTask, Dict[str, Any]]:
     if args.grad_checkpointing:
         with blame('--grad-checkpointing'):
             getattr(backbone, 'model', backbone).set_grad_checkpointing(True)
+    options['img_size'] = args.img_size
+    if args.features_only:
+        with blame('--features-only'):
+            plain_backbone(backbone, **options)  # what the run exports in the end
     norms = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
     if args.method in PEERS:
         return _build_peer_task(args, backbone), options
@@ -159,6 +163,15 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
     except OSError as error:
         raise InputError(f'--output {args.output}: cannot write to {folder} ({error.strerror})') from error
     return folder, resume
+
+
+def saved_bank_size(args: argparse.Namespace) -> Optional[int]:
+    """Size of the banks in the checkpoint that `--resume` goes on from; None where there is none, or it is older."""
+    if args.resume == 'auto':
+        path = find_resume(os.path.join(args.output, args.experiment)) if args.experiment else None
+    else:
+        path = local_checkpoint(args.resume)
+    return read_checkpoint(path, mmap=True)['progress'].get('bank_size') if path else None
 
 
 def restore(

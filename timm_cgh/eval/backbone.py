@@ -14,6 +14,7 @@ from timm_cgh.data import image_mode
 from timm_cgh.errors import InputError, blame
 from timm_cgh.hub import plain_backbone
 from timm_cgh.models import create_backbone
+from timm_cgh.models.weights import weights_digest
 
 from .checkpoints import backbone_state, read_weights, run_arguments
 
@@ -37,7 +38,7 @@ def load_backbone(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
     """The backbone that --model, --checkpoint and --teacher name, and how its images are to be prepared.
 
     What a run's checkpoint says of its own model and images is taken where the command line is silent. Sets
-    `args.model` and `args.in_chans` to what they come to.
+    `args.model` and `args.in_chans` to what they come to, and `args.digest` to the weights' (`weights_digest`).
 
     Returns:
         plain timm model (`num_classes=0`) on the CPU in eval mode, and `input_size`, `mean`, `std`, `interpolation`
@@ -75,7 +76,7 @@ def load_backbone(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
         if is_primary(args):
             _logger.info(f"Weights of {args.checkpoint}{f' ({where})' if where else ''}")
     if wrapper:
-        model = plain_backbone(model, **options)
+        model = plain_backbone(model, img_size=size, **options)
         if model.untrained_keys:
             _logger.warning(f'--features-only left {len(model.untrained_keys)} tensors of {args.model} untrained')
 
@@ -96,6 +97,7 @@ def load_backbone(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
             values = [sum(values) / len(values)] * args.in_chans  # grey images: the average of the colours
         data_config[name] = tuple(values)
     model.eval()
+    args.digest = weights_digest(model)
     with blame('--img-size', sides[0]), torch.no_grad():
         output = model(torch.zeros(2, *data_config['input_size']))
     if not isinstance(output, torch.Tensor) or output.ndim != 2:

@@ -1,6 +1,5 @@
 """What linear evaluation and fine-tuning share: the timm classifier, its accuracy, the checkpoint of a run."""
 import copy
-import hashlib
 import logging
 import os
 from typing import Any, Dict, List, Mapping, Optional, Tuple
@@ -18,9 +17,7 @@ from timm_cgh.hub import export_backbone
 
 from .features import eval_crop_pct
 
-__all__ = [
-    'as_classifier', 'class_names', 'export_classifier', 'find_state', 'save_state', 'top_accuracy', 'weights_digest',
-]
+__all__ = ['as_classifier', 'class_names', 'export_classifier', 'find_state', 'save_state', 'top_accuracy']
 
 _logger = logging.getLogger('eval')
 
@@ -108,15 +105,6 @@ def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
         dataset = dataset.dataset
     names = sorted(numbers, key=numbers.get) or getattr(getattr(dataset, 'reader', dataset), 'classes', None)
     return [str(name) for name in names] if names and len(names) == num_classes else None
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer: equal for bit-identical weights, whatever device they are on."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_state(path: str, settings: Mapping[str, Any], **state: Any) -> None:

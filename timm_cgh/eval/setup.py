@@ -167,7 +167,7 @@ def check_classes(train: Dataset, val: Dataset) -> int:
 
 
 def what_is_judged(args: argparse.Namespace) -> Dict[str, str]:
-    """First entries of every result: the model, where its weights are from, and on what data."""
+    """First entries of every result: the model, where its weights are from and which they are, on what data."""
     if args.checkpoint:
         weights = os.path.basename(args.checkpoint) + (', teacher' if args.teacher else '')
     else:
@@ -175,6 +175,7 @@ def what_is_judged(args: argparse.Namespace) -> Dict[str, str]:
     return dict(
         model=args.model,
         weights=weights,
+        digest=args.digest,
         dataset=data_name(args.dataset, args.data_dir),
         val_split=args.val_split,
     )

@@ -21,6 +21,11 @@ _CONTEXTS = {
     'same': 'same: each context learns its own relations (Tab. 5)',
     'global': 'global: no hypercolumn (ReSSL, Tab. 5)',
 }
+_FURTHER = (  # options without a row of their own
+    'relation_weight', 'contrast_temp', 'hyper_norm', 'shuffle_bn', 'bn_splits', 'sync_bn', 'weak_scale', 'momentum',
+    'opt_eps', 'opt_betas', 'opt_args', 'no_decay_norm_bias', 'warmup_lr', 'min_lr', 'decay_epochs', 'clip_grad',
+    'clip_mode', 'features_only', 'method_kwargs',
+)
 _DATA = {'digits': "digits, scikit-learn's 1,797 handwritten digits of 8 x 8 px"}
 
 
@@ -96,6 +101,10 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Temperatures', temps),
         ('Hypercolumn stages', of('out_indices', 'the last two, of one resolution evenly spaced ones')),
     ]
+    further = ', '.join(name if args[name] is True else f'{name} {args[name]}' for name in _FURTHER if args.get(name))
+    scale = f'global batch / {args["lr_base_size"]}'
+    if args.get('lr_base_scale') == 'sqrt':
+        scale = f'sqrt({scale})'
     bank = ('Memory bank', of('bank_size', 'an eighth of the images, as a power of two, at most 131072'))
     return [
         ('Architecture', ', '.join((facts.config['architecture'], *map('{0[0]}={0[1]}'.format, more.items())))),
@@ -106,7 +115,7 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Batch size', f'{args["batch_size"]} x {facts.processes or "an unknown number of"} processes'),
         ('Accumulated batches', args['grad_accum_steps']),
         ('Optimiser', f'{args["opt"]}, weight decay {args["weight_decay"]}, {args["sched"]} schedule'),
-        ('Learning rate', of('lr', f'{args["lr_base"]} x global batch / {args["lr_base_size"]}')),
+        ('Learning rate', of('lr', f'{args["lr_base"]} x {scale}')),
         ('Warm-up epochs', of('warmup_epochs', auto)),
         *([('Teacher momentum', args['momentum_teacher'])] if method in ('cgh', 'moco', 'byol', 'dino') else []),
         *(of_cgh if method == 'cgh' else []),
@@ -117,6 +126,7 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Grey, blur', f'probability {args["grayscale_prob"]}, {args["gaussian_blur_prob"]}'),
         ('Precision', args['amp_dtype'] if args['amp'] else 'float32'),
         ('Seed', args['seed']),
+        ('Further', further),
     ]
 
 

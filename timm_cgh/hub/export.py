@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
-import timm
 import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
-from timm_cgh.models import is_features_only
+from timm_cgh.models import create_backbone, is_features_only
 
 __all__ = ['export_backbone', 'plain_backbone']
 
@@ -23,7 +22,7 @@ _FOREIGN_KEYS = (
 )
 
 
-def plain_backbone(backbone: nn.Module, **model_kwargs: Any) -> nn.Module:
+def plain_backbone(backbone: nn.Module, img_size: Optional[int] = None, **model_kwargs: Any) -> nn.Module:
     """The plain timm model that a backbone's weights belong to.
 
     A plain model is returned as it is. The weights of a `features_only` wrapper are put under their plain names in a
@@ -32,6 +31,7 @@ def plain_backbone(backbone: nn.Module, **model_kwargs: Any) -> nn.Module:
 
     Args:
         backbone: timm model or `features_only` wrapper
+        img_size: side of the images that the wrapper was built for, px, for models that depend on it
         **model_kwargs: arguments that the wrapper was built with, `features_only` and `out_indices` aside
 
     Raises:
@@ -39,7 +39,7 @@ def plain_backbone(backbone: nn.Module, **model_kwargs: Any) -> nn.Module:
     """
     if not is_features_only(backbone):
         return backbone
-    model = timm.create_model(backbone.pretrained_cfg['architecture'], num_classes=0, **model_kwargs)
+    model = create_backbone(backbone.pretrained_cfg['architecture'], img_size=img_size, **model_kwargs)
     found = backbone.state_dict()
     state, untrained = {}, []
     for key, value in model.state_dict().items():

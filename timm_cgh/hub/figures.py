@@ -54,7 +54,8 @@ def monitor_figures(
         f'{args["knn_images"]} labelled images on either side')
     epoch = int(row['epoch']) + 1
     settings = dict(epoch=epoch, temperature=0.07, images=args['knn_images'])
-    figures = [Figure(f'kNN after epoch {epoch}', dataset, float(row['eval_knn']), None, protocol, settings)]
+    name = f'kNN after epoch {epoch}'
+    figures = [Figure(name, dataset, float(row['eval_knn']), None, protocol, settings, own=row is rows[-1])]
     if untrained is not None:
         figures.append(Figure('kNN before training', dataset, untrained, None, 'as above', {}, own=False))
     return figures
@@ -105,12 +106,13 @@ def _check_model(results: Mapping[str, Any], architecture: str, export: Path) ->
         raise InputError(f'measured on {model} ({weights} weights); must be by --model local-dir:{export}')
 
 
-def read_figure(path: Union[str, Path], architecture: str, export: Path) -> Figure:
+def read_figure(path: Union[str, Path], architecture: str, export: Path, digest: Optional[str] = None) -> Figure:
     """The figure in a `--results-file` of an evaluation script.
 
     Args:
         path: JSON file
         architecture, export: what is published, and its folder
+        digest: of its weights (`weights_digest`): figures of others, which a run had before it went on, are refused
 
     Raises:
         InputError: not such a file, or of another model
@@ -118,13 +120,15 @@ def read_figure(path: Union[str, Path], architecture: str, export: Path) -> Figu
     try:
         results = json.loads(Path(path).read_text(encoding='utf-8'))
         _check_model(results, architecture, export)
+        level = _LEVELS.get(results.get('weights'))
+        if digest and not level and results.get('digest', digest) != digest:
+            raise InputError(f'measured on other weights than those that are in {export} now')
         name, protocol, keys = _PROTOCOLS[results['protocol']](results)
         images = (
             f'{results["train_images"]} labelled images to learn from, {results["val_images"]} of '
             f'{results["num_classes"]} classes to judge by (split {results.get("val_split", "not recorded")}); '
             f'{results["img_size"]} px, {100 * results["crop_pct"]:g} % centre crop, {results["interpolation"]}')
         keys += ('train_images', 'val_images', 'num_classes', 'img_size', 'crop_pct')
-        level = _LEVELS.get(results.get('weights'))
         return Figure(
             f'{name}, {level}' if level else name,
             str(results.get('dataset', 'not recorded')),

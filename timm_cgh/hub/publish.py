@@ -17,7 +17,7 @@ from timm_cgh.data import data_name
 from timm_cgh.download import hub_reason, redact
 from timm_cgh.errors import InputError, blame
 from timm_cgh.files import atomic_path, atomic_write
-from timm_cgh.models.weights import check_folder, load_folder
+from timm_cgh.models.weights import check_folder, load_folder, weights_digest
 from timm_cgh.summary import epochs_done, read_rows
 
 from .card import PAPER, Facts, model_card
@@ -67,6 +67,8 @@ def portable_args(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
     name = args['dataset'].partition('/')[2]
     if name and data_name(args['dataset'], None) != name:  # a path, not a name of the Hub's or torchvision's
         kept['dataset'] = ''
+    if not kept['dataset']:  # parts of a data set that stays behind
+        kept = {k: v for k, v in kept.items() if k not in ('train_split', 'val_split', 'input_key', 'target_key')}
     if args['model'].startswith('local-dir:'):
         kept['model'] = architecture
     return yaml.safe_load(redact(yaml.safe_dump(kept, sort_keys=False)))
@@ -157,7 +159,8 @@ def write_folder(
     progress = {} if checkpoint is None else checkpoint['progress']
     dataset = dataset or data_name(args['dataset'], args['data_dir'])
     figures = monitor_figures(rows, args, dataset, progress.get('knn_before'))
-    figures += [read_figure(path, config['architecture'], export) for path in results]
+    digest = weights_digest(model)
+    figures += [read_figure(path, config['architecture'], export, digest) for path in results]
     with blame('--output', folder):
         folder.mkdir(parents=True, exist_ok=True)
         sha256 = _write_weights(export / 'model.safetensors', folder / 'model.safetensors', float16)

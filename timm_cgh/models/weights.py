@@ -1,4 +1,5 @@
 """Weights into timm models: nothing is unpickled freely, and a file fits or is refused in one line."""
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 
-__all__ = ['check_fits', 'check_folder', 'load_folder', 'load_weights']
+__all__ = ['check_fits', 'check_folder', 'load_folder', 'load_weights', 'weights_digest']
 
 
 def check_fits(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
@@ -119,3 +120,12 @@ def load_weights(model: nn.Module, path: str) -> None:
     state = {k: v for k, v in state.items() if k in wanted or not k.startswith(tuple(f'{c}.' for c in classifiers))}
     check_fits(_shapes(state), _shapes(wanted))
     model.load_state_dict(state)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer: equal for bit-identical weights, whatever device they are on."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

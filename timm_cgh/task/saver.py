@@ -3,7 +3,7 @@ import argparse
 import glob
 import logging
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.utils import CheckpointSaver
@@ -42,6 +42,11 @@ def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
     return state
 
 
+def _place(state: Dict[str, Any]) -> Tuple[int, int]:
+    """Epoch and batch where a checkpoint goes on."""
+    return state['progress']['epoch'], state['progress']['batch']
+
+
 def find_resume(folder: str) -> Optional[str]:
     """The most advanced readable checkpoint of a run's folder, `last` or a recovery file; None where there is none."""
     best, best_at = None, None
@@ -49,11 +54,10 @@ def find_resume(folder: str) -> Optional[str]:
         if not os.path.exists(path):
             continue
         try:
-            progress = read_checkpoint(path, mmap=True)['progress']
+            at = _place(read_checkpoint(path, mmap=True))
         except InputError as error:
             _logger.warning(f'passed over: {error}')
             continue
-        at = (progress['epoch'], progress['batch'])
         if best is None or at > best_at:
             best, best_at = path, at
     return best
@@ -84,6 +88,8 @@ class RunSaver(CheckpointSaver):
         os.replace(src, dst)  # timm unlinks dst first: a kill between the two would leave no checkpoint
 
     def _duplicate(self, src: str, dst: str) -> None:
+        if os.path.exists(dst) and os.path.samefile(src, dst):  # renaming one link over the other would do nothing
+            return
         beside = f'{dst}.tmp'
         if os.path.exists(beside):
             os.unlink(beside)
@@ -92,23 +98,37 @@ class RunSaver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: Optional[float] = None):
         best = super().save_checkpoint(epoch, metric)
-        for path in glob.glob(os.path.join(self.recovery_dir, f'{self.recovery_prefix}-*{self.extension}')):
-            os.unlink(path)
+        self._remove_recovery()
         self.curr_recovery_file = self.prev_recovery_file = ''
         return best
 
-    def restore(self, state: Dict[str, Any]) -> None:
-        """Take up the ranking of checkpoints where `state`, read from this run's folder, left it."""
+    def restore(self, state: Dict[str, Any], path: str) -> None:
+        """Take up the ranking of checkpoints where `state` left it; for the first process alone.
+
+        A run that has gone further since is taken back: what is newer than `state` would be resumed in its place.
+
+        Args:
+            state: content of a checkpoint
+            path: where it was read, in this run's folder
+        """
         saver = state.get('saver')
         if saver is None:
             return
         epoch, metric = saver['pending']
         self.load_state_dict(saver)
         last = os.path.join(self.checkpoint_dir, 'last' + self.extension)
+        newest = find_resume(self.checkpoint_dir)
+        if newest is not None and _place(read_checkpoint(newest, mmap=True)) > _place(state):
+            self._duplicate(path, last)
+            self._remove_recovery()
         if metric is None:
             return
         # killed when `last` was in place and `model_best` not yet: make it now
         if self.best_metric is None or self.cmp(metric, self.best_metric):
             self.best_epoch, self.best_metric = epoch, metric
-        if self.best_epoch == epoch:
-            self._duplicate(last, os.path.join(self.checkpoint_dir, 'model_best' + self.extension))
+        if self.best_epoch == epoch and state['progress']['batch'] == 0:
+            self._duplicate(path, os.path.join(self.checkpoint_dir, 'model_best' + self.extension))
+
+    def _remove_recovery(self) -> None:
+        for path in glob.glob(os.path.join(self.recovery_dir, f'{self.recovery_prefix}-*{self.extension}')):
+            os.unlink(path)

@@ -37,8 +37,7 @@ from timm_cgh.loss import CONTEXTS
 from timm_cgh.optim import fill_momentum
 from timm_cgh.progress import Progress, StopRequest, peak_memory
 from timm_cgh.run import (
-    build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, saved_bank_size,
-    warn_if_collapsed)
+    build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, warn_if_collapsed)
 from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
 from timm_cgh.summary import Boards, Summary
 from timm_cgh.task import PEERS, Meter, MomentumTask, RunSaver
@@ -304,7 +303,6 @@ def main(argv=None):
         **source,
     )
     images = num_images(dataset)
-    args.bank_size = args.bank_size or saved_bank_size(args)  # there may be more images since
     choose_settings(args, images)
     task, model_kwargs = build_task(args)
     tracker = create_tracker(args, task, dataset)

@@ -30,7 +30,7 @@ from timm_cgh.task import (
 
 __all__ = [
     'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
-    'saved_bank_size', 'warn_if_collapsed',
+    'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
@@ -163,15 +163,6 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
     except OSError as error:
         raise InputError(f'--output {args.output}: cannot write to {folder} ({error.strerror})') from error
     return folder, resume
-
-
-def saved_bank_size(args: argparse.Namespace) -> Optional[int]:
-    """Size of the banks in the checkpoint that `--resume` goes on from; None where there is none, or it is older."""
-    if args.resume == 'auto':
-        path = find_resume(os.path.join(args.output, args.experiment)) if args.experiment else None
-    else:
-        path = local_checkpoint(args.resume)
-    return read_checkpoint(path, mmap=True)['progress'].get('bank_size') if path else None
 
 
 def restore(

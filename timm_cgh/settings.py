@@ -2,11 +2,12 @@
 import argparse
 import logging
 import math
-from typing import Any, Dict, List
+import os
+from typing import Any, Dict, List, Optional
 
 from timm_cgh.data import ViewSpec, multi_crop, two_views
 from timm_cgh.errors import InputError
-from timm_cgh.task import PEERS
+from timm_cgh.task import PEERS, find_resume, local_checkpoint, read_checkpoint
 
 __all__ = ['choose_settings', 'choose_views', 'resolve_data_config']
 
@@ -30,6 +31,17 @@ def resolve_data_config(args: argparse.Namespace, cfg: Dict[str, Any]) -> Dict[s
 def default_bank_size(num_images: int) -> int:
     """A power of two, at most an eighth of the images: the authors' 131072 on ImageNet-1k, and 4096 on CIFAR-10."""
     return min(131072, 2 ** int(math.log2(max(1, num_images // 8))))
+
+
+def saved_bank_size(args: argparse.Namespace) -> Optional[int]:
+    """Size of the banks in the checkpoint that `--resume` goes on from, whatever has come to the images since; None where
+    there is none, or it does not say.
+    """
+    if args.resume == 'auto':
+        path = find_resume(os.path.join(args.output, args.experiment)) if args.experiment else None
+    else:
+        path = local_checkpoint(args.resume)
+    return read_checkpoint(path, mmap=True)['progress'].get('bank_size') if path else None
 
 
 def check_method(args: argparse.Namespace) -> None:
@@ -71,7 +83,7 @@ def choose_settings(args: argparse.Namespace, num_images: int) -> None:
         if value >= args.epochs:
             raise InputError(f'--{flag}-epochs {value:g}: as long as the run (--epochs {args.epochs}), take less')
     if args.bank_size is None:
-        args.bank_size = default_bank_size(num_images)
+        args.bank_size = saved_bank_size(args) or default_bank_size(num_images)
         _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images (--bank-size)')
     elif args.bank_size > num_images:
         raise InputError(

@@ -102,9 +102,7 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Hypercolumn stages', of('out_indices', 'the last two, of one resolution evenly spaced ones')),
     ]
     further = ', '.join(name if args[name] is True else f'{name} {args[name]}' for name in _FURTHER if args.get(name))
-    scale = f'global batch / {args["lr_base_size"]}'
-    if args.get('lr_base_scale') == 'sqrt':
-        scale = f'sqrt({scale})'
+    root = 'sqrt' if args.get('lr_base_scale') == 'sqrt' else ''
     bank = ('Memory bank', of('bank_size', 'an eighth of the images, as a power of two, at most 131072'))
     return [
         ('Architecture', ', '.join((facts.config['architecture'], *map('{0[0]}={0[1]}'.format, more.items())))),
@@ -115,7 +113,7 @@ def _recipe(facts: Facts) -> List[Tuple[str, str]]:
         ('Batch size', f'{args["batch_size"]} x {facts.processes or "an unknown number of"} processes'),
         ('Accumulated batches', args['grad_accum_steps']),
         ('Optimiser', f'{args["opt"]}, weight decay {args["weight_decay"]}, {args["sched"]} schedule'),
-        ('Learning rate', of('lr', f'{args["lr_base"]} x {scale}')),
+        ('Learning rate', of('lr', f'{args["lr_base"]} x {root}(global batch / {args["lr_base_size"]})')),
         ('Warm-up epochs', of('warmup_epochs', auto)),
         *([('Teacher momentum', args['momentum_teacher'])] if method in ('cgh', 'moco', 'byol', 'dino') else []),
         *(of_cgh if method == 'cgh' else []),

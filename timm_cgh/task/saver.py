@@ -120,7 +120,7 @@ class RunSaver(CheckpointSaver):
         newest = find_resume(self.checkpoint_dir)
         if newest is not None and _place(read_checkpoint(newest, mmap=True)) > _place(state):
             self._duplicate(path, last)
-            self._remove_recovery()
+            self._remove_recovery(keep=path)  # other processes may still read it
         if metric is None:
             return
         # killed when `last` was in place and `model_best` not yet: make it now
@@ -129,6 +129,7 @@ class RunSaver(CheckpointSaver):
         if self.best_epoch == epoch and state['progress']['batch'] == 0:
             self._duplicate(path, os.path.join(self.checkpoint_dir, 'model_best' + self.extension))
 
-    def _remove_recovery(self) -> None:
+    def _remove_recovery(self, keep: str = '') -> None:
         for path in glob.glob(os.path.join(self.recovery_dir, f'{self.recovery_prefix}-*{self.extension}')):
-            os.unlink(path)
+            if os.path.basename(path) != os.path.basename(keep):
+                os.unlink(path)

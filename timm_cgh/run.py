@@ -25,8 +25,7 @@ from timm_cgh.models import create_backbone
 from timm_cgh.optim import load_optimizer
 from timm_cgh.report import save_curves
 from timm_cgh.summary import epochs_done
-from timm_cgh.task import (
-    PEERS, CGHTask, MomentumTask, create_task, find_resume, local_checkpoint, read_checkpoint)
+from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task, read_checkpoint, resume_path
 
 __all__ = [
     'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
@@ -151,7 +150,7 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
         dist.broadcast_object_list(names, src=0)
         name, = names
     folder = os.path.join(args.output, name)
-    resume = find_resume(folder) if args.resume == 'auto' else local_checkpoint(args.resume)
+    resume = resume_path(args.resume, folder)
     here = args.resume == 'auto' or (
         bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
     if not here and os.path.exists(os.path.join(folder, 'last.pth.tar')):

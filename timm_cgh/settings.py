@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 
 from timm_cgh.data import ViewSpec, multi_crop, two_views
 from timm_cgh.errors import InputError
-from timm_cgh.task import PEERS, find_resume, local_checkpoint, read_checkpoint
+from timm_cgh.task import PEERS, read_checkpoint, resume_path
 
 __all__ = ['choose_settings', 'choose_views', 'resolve_data_config']
 
@@ -37,10 +37,7 @@ def saved_bank_size(args: argparse.Namespace) -> Optional[int]:
     """Size of the banks in the checkpoint that `--resume` goes on from, whatever has come to the images since; None where
     there is none, or it does not say.
     """
-    if args.resume == 'auto':
-        path = find_resume(os.path.join(args.output, args.experiment)) if args.experiment else None
-    else:
-        path = local_checkpoint(args.resume)
+    path = resume_path(args.resume, os.path.join(args.output, args.experiment))
     return read_checkpoint(path, mmap=True)['progress'].get('bank_size') if path else None
 
 

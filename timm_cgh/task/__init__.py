@@ -2,5 +2,5 @@ from .cgh import CGHTask
 from .factory import PEERS, create_task
 from .meter import Meter
 from .momentum import MomentumTask
-from .portable import TASK_FILE, local_checkpoint, write_portable
-from .saver import RunSaver, find_resume, read_checkpoint
+from .portable import TASK_FILE, write_portable
+from .saver import RunSaver, find_resume, read_checkpoint, resume_path

@@ -12,9 +12,9 @@ from timm.utils.model import unwrap_model
 from timm_cgh.errors import InputError
 
 from .cgh import CGHTask
-from .portable import read_portable
+from .portable import local_checkpoint, read_portable
 
-__all__ = ['RunSaver', 'find_resume', 'read_checkpoint']
+__all__ = ['RunSaver', 'find_resume', 'read_checkpoint', 'resume_path']
 
 _logger = logging.getLogger('train')
 
@@ -61,6 +61,11 @@ def find_resume(folder: str) -> Optional[str]:
         if best is None or at > best_at:
             best, best_at = path, at
     return best
+
+
+def resume_path(resume: Optional[str], folder: str) -> Optional[str]:
+    """The checkpoint that `--resume` means: of the run's folder where it says `auto`, else the file, here or on the Hub."""
+    return find_resume(folder) if resume == 'auto' else local_checkpoint(resume)
 
 
 class RunSaver(CheckpointSaver):

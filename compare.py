@@ -64,6 +64,21 @@ parser.add_argument('--seeds', nargs='+', type=natural, default=[42], metavar='N
 parser.add_argument('--output', default=os.path.join('output', 'compare'), metavar='DIR')
 
 
+def bn_splits_of(name, args) -> int:
+    """Parts of the batch with batch statistics of their own: in one process, what ShuffleBN is to MoCo on several."""
+    if name in PEERS:
+        return 1
+    if name != 'moco' or args.bn_splits > 1:
+        return args.bn_splits
+    return next(n for n in (8, 4, 2, 1) if n == 1 or args.batch_size % n == 0 and args.batch_size >= 2 * n)
+
+
+def options_of(name, args, options) -> list:
+    """A method's own options of train.py, behind those that all methods have."""
+    splits = bn_splits_of(name, args)
+    return [*options, *METHODS[name].options, *(['--bn-splits', splits] if splits != args.bn_splits else [])]
+
+
 def parse_training(options):
     """Options of train.py, as it reads them itself."""
     return train.parser.parse(
@@ -108,7 +123,7 @@ def run_method(args, name, seed, options) -> Optional[Run]:
     runs = os.path.join(args.output, 'runs')
     label = f'{name}-{seed}'
     folder = os.path.join(runs, label)
-    method = [*options, *METHODS[name].options, '--seed', seed]
+    method = [*options_of(name, args, options), '--seed', seed]
     export = os.path.join(folder, 'export')
     rows = read_rows(os.path.join(folder, 'summary.csv'))
     if len(rows) < args.epochs or not os.path.isdir(export):
@@ -173,7 +188,7 @@ def main(argv=None):
     if set(own.methods) & set(PEERS) and importlib.util.find_spec('lightly') is None:
         raise InputError(f"--methods: {', '.join(PEERS)} need the lightly library (pip install 'timm-cgh[peers]')")
     for name in own.methods:
-        check_method(parse_training([*options, *METHODS[name].options]))
+        check_method(parse_training([str(option) for option in options_of(name, args, options)]))
     settings = yaml.safe_load(yaml.safe_dump({k: v for k, v in vars(args).items() if k not in _MAY_DIFFER}))
     refuse_another(args.output, settings)
     os.makedirs(args.output, exist_ok=True)

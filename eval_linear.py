@@ -25,6 +25,7 @@ from timm_cgh.errors import InputError
 from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.classifier import as_classifier, class_names, export_classifier, find_state, save_state
 from timm_cgh.eval.crops import CropLoader
+from timm_cgh.eval.features import pooled_features
 from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, losses_of
 from timm_cgh.eval.pictures import save_class_accuracy, save_confusion
 from timm_cgh.eval.setup import (
@@ -120,12 +121,11 @@ def main(argv=None):
     else:
         loader = CropLoader(
             train_set, data_config, workers=args.workers, scale=args.scale, hflip=args.hflip, **common)
-        amp_dtype = getattr(torch, args.amp_dtype)
+        amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
 
         @torch.no_grad()
         def features_of(images):
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=args.amp):
-                return backbone(images.to(memory_format=layout)).float()
+            return pooled_features(backbone, images.to(memory_format=layout), amp_dtype)
 
     # ---- heads and optimisation
     scaling = args.batch_size * args.world_size / 256

@@ -37,7 +37,8 @@ from timm_cgh.loss import CONTEXTS
 from timm_cgh.optim import fill_momentum
 from timm_cgh.progress import Progress, StopRequest, peak_memory
 from timm_cgh.run import (
-    build_task, check_view_sizes, create_tracker, leave_files, open_run_folder, order_of, restore, warn_if_collapsed)
+    build_task, check_same_place, check_view_sizes, create_tracker, export_run, leave_files, open_run_folder, order_of,
+    restore, warn_if_collapsed)
 from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
 from timm_cgh.summary import Boards, Summary
 from timm_cgh.task import PEERS, Meter, MomentumTask, RunSaver
@@ -337,8 +338,7 @@ def main(argv=None):
             **source,
         )
         if sets is not None:
-            amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
-            monitor = KnnMonitor(*sets, data_config, workers=args.workers, device=device, amp_dtype=amp_dtype)
+            monitor = KnnMonitor(*sets, data_config, args, device)
 
     # ---- optimisation; order matters: device and layout, compile, DDP
     updates = math.ceil(len(loader) / args.grad_accum_steps)
@@ -396,6 +396,7 @@ def main(argv=None):
         if primary and os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder):
             saver.restore(state, resume)
         _logger.info(f'Resumed {resume} at epoch {start_epoch}, batch {start_batch}')
+    check_same_place(resume, start_epoch, start_batch, device)
     if args.distributed:
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
     if scheduler is not None:
@@ -417,16 +418,14 @@ def main(argv=None):
         _logger.info('A stream: the order of the images depends on the number of workers, and is not kept by --resume')
     _logger.info(f'kNN: {knn_why}')
 
-    def check_knn():
-        return monitor(task.student.backbone) if monitor is not None and primary else None
-
     pixels = None
-    if monitor is not None and primary:
+    if monitor is not None:
         pixels = monitor.pixels()
         if start_epoch == start_batch == 0:
-            knn = knn_before = check_knn()
-        untrained = '' if knn_before is None else f', of the backbone before training {knn_before:.2f} %'
-        _logger.info(f'kNN top-1 of the raw pixels {pixels:.2f} %{untrained}')
+            knn = knn_before = monitor(task.student.backbone)
+        if primary:
+            untrained = '' if knn_before is None else f', of the backbone before training {knn_before:.2f} %'
+            _logger.info(f'kNN top-1 of the raw pixels {pixels:.2f} %{untrained}')
     saver.progress = dict(epoch=0, batch=0, knn=knn, knn_before=knn_before, order=order_of(args, len(loader)),
                           bank_size=args.bank_size)
 
@@ -449,7 +448,8 @@ def main(argv=None):
                 finished = False
                 break
             last = epoch + 1 == args.epochs
-            knn_now = check_knn() if args.knn_interval and ((epoch + 1) % args.knn_interval == 0 or last) else None
+            due = monitor is not None and ((epoch + 1) % args.knn_interval == 0 or last)
+            knn_now = monitor(task.student.backbone) if due else None
             knn = knn if knn_now is None else knn_now
             means = relation_columns(meter.read())
             meter, start_batch = Meter(), 0
@@ -466,18 +466,24 @@ def main(argv=None):
             summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
             saver.progress.update(epoch=epoch + 1, batch=0, knn=knn, meter=None)
             saver.save_checkpoint(epoch, metric=knn_now)
+            if not last:  # before it goes on: whoever takes the backbone of a running or a killed run takes the newest
+                export_run(args, folder, task, summary.rows, data_config, model_kwargs)
             averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
             _logger.info(f"epoch {epoch}: {averages}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
             boards.add(row)
 
     # ---- what the run leaves
+    if args.distributed:
+        names = [set()] * args.world_size
+        dist.all_gather_object(names, unreadable)
+        unreadable = set().union(*names)
     if primary:
-        levels = {} if knn_before is None else {'untrained': knn_before, 'raw pixels': pixels}
+        levels = {k: v for k, v in (('untrained', knn_before), ('raw pixels', pixels)) if v is not None}
         files = leave_files(args, folder, task, summary.rows, data_config, model_kwargs, levels, tracker)
         if not finished:
             name = signal.Signals(stop.signum).name
             _logger.info(f'Stopped by {name}; state saved, --resume auto continues {folder}')
-        elif knn_before is not None:
+        elif knn_before is not None and pixels is not None:
             _logger.info(f'kNN top-1: {knn_before:.2f} % before, {knn:.2f} % after training; raw pixels {pixels:.2f} %')
         if unreadable:
             _logger.warning(f'{len(unreadable)} unreadable images were passed over')

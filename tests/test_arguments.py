@@ -14,7 +14,8 @@ def parser():
     parser.add_argument('--out-indices', nargs='+', type=int)
     parser.add_argument('--context', choices=('cross', 'same'), default='cross')
     parser.add_argument('--amp', action='store_true')
-    parser.add_argument('--workers', type=natural, default=4)
+    parser.add_argument('-j', '--workers', type=natural, default=4)
+    parser.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={})
     return parser
 
 
@@ -56,6 +57,11 @@ def test_bad_files_end_in_one_line_and_code_2(parser, tmp_path, capsys, text, na
         parser.parse(['--config', write(tmp_path, text)])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message and message.count('\n') == 1
+
+
+def test_a_file_may_name_an_option_by_its_flag(parser, tmp_path):
+    args = parser.parse(['--config', write(tmp_path, 'opt_kwargs: {nesterov: true}\nj: 3')])
+    assert args.opt_args == {'nesterov': True} and args.workers == 3 and not hasattr(args, 'opt_kwargs')
 
 
 @pytest.mark.parametrize('argv', [

@@ -6,8 +6,10 @@ import pytest
 import yaml
 from script_runner import run_script
 
+import compare as compare_script
 import train
 from timm_cgh.eval.comparison import Run, save_chart, save_tables, summarise
+from timm_cgh.settings import check_method
 
 DIGITS = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in-chans', 1, '--mean', 0.3, '--std', 0.37,
           '--batch-size', 128, '--hidden-dim', 32, '--embed-dim', 16, '--bank-size', 256, '--epochs', 1, '--workers', 0,
@@ -39,6 +41,20 @@ def test_tables_and_chart_of_what_was_measured(tmp_path):
     assert table(tmp_path / 'runs.csv')[1]['command'] == 'python train.py'
     pytest.importorskip('matplotlib', reason='drawn by matplotlib')
     assert save_chart(summarise(runs), tmp_path / 'compare.png') and (tmp_path / 'compare.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('given,batch,wanted', [
+    ([], 128, dict(cross=1, moco=8, simclr=1)),
+    ([], 12, dict(cross=1, moco=4)),
+    (['--bn-splits', 2], 128, dict(cross=2, moco=2, simclr=1)),
+])
+def test_moco_has_its_shuffle_and_the_others_what_they_take(given, batch, wanted):
+    options = [str(option) for option in (*DIGITS, '--batch-size', batch, *given)]
+    args = compare_script.parse_training(options)
+    for name, splits in wanted.items():
+        method = compare_script.parse_training([str(o) for o in compare_script.options_of(name, args, options)])
+        assert method.bn_splits == splits
+        check_method(method)
 
 
 def test_a_comparison_on_digits_and_its_continuation(tmp_path):

@@ -197,11 +197,11 @@ def parquet_of(folder, tmp_path, labelled=True):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_ten_broken_images_in_a_row_end_the_run_in_one_line(tmp_path, workers):
+def test_images_that_are_all_broken_end_the_run_in_one_line(tmp_path, workers):
     for i in range(12):
         (tmp_path / f'{i}.jpg').write_bytes(b'nothing')
     loader = create_view_loader(open_dataset('', str(tmp_path)), two_views(8), batch_size=4, workers=workers)
-    with pytest.raises(InputError, match=r'^--data-dir.*10 images in a row') as caught:
+    with pytest.raises(InputError, match=r'^--data-dir: most images cannot be read: none of 12 that were tried') as caught:
         epoch_of(loader, 0)
     assert '\n' not in str(caught.value) and '.jpg' in str(caught.value)
 

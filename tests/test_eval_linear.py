@@ -298,6 +298,15 @@ def test_refusals_are_one_line(encoder, augmented, capsys, args, named):
     assert named in refused(capsys, encoder, augmented[0], *args)
 
 
+def test_crops_beyond_float16_are_taken_again_in_float32(encoder, tmp_path):
+    model = timm.create_model(f'local-dir:{encoder}', pretrained=True)
+    with torch.no_grad():
+        [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)][-1].weight.mul_(1e7)
+    large = export_backbone(model, tmp_path / 'large', **CONFIG)
+    code, results = linear(large, tmp_path / 'run', '--amp', '--epochs', '1', '--lr', '1e-8')
+    assert code == 0 and results['top1'] > 10
+
+
 def test_rates_that_all_diverge_end_with_a_word(encoder, tmp_path, caplog):
     code, results = linear(encoder, tmp_path / 'wild', '--cache-features', '--epochs', '3', '--lr', '1e38')
     assert code == 1 and results is None

@@ -283,7 +283,7 @@ def test_unreadable_image_gives_way_to_the_same_one_in_any_share(tmp_path, caplo
     train, model = open_labelled(args, 'train'), timm.create_model('test_resnet', num_classes=0)
     config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear')
     features, labels = extract_distributed(model, train, config, args, torch.device('cpu'))
-    assert torch.equal(features[1], features[2]) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(features[1], features[4]) and labels.tolist() == [0, 1, 0, 1, 1, 1]
     assert '001.png' in caplog.text
 
 

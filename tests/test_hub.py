@@ -97,6 +97,13 @@ def test_pretrained_says_in_one_line_what_exists_and_how_to_train_one(name, repo
         assert '\n' not in message and 'there is: none of any' in message and f'--model {architecture}' in message
 
 
+def test_an_installed_package_says_where_the_weights_of_the_repository_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, 'REPOSITORY', tmp_path)  # site-packages: no hubconf.py
+    monkeypatch.setattr(pretrained, 'CHECKPOINTS', {})
+    with pytest.raises(RuntimeError, match='do not come with an installed package: torch.hub.load or pip install -e'):
+        timm.create_model('cgh_resnet18', pretrained=True)
+
+
 def test_pretrained_names_the_checkpoints_of_other_architectures(weights):
     with pytest.raises(RuntimeError, match='published for cgh_resnet50 yet .there is: cgh_resnet18.'):
         timm.create_model('cgh_resnet50', pretrained=True)

@@ -61,3 +61,43 @@ def test_a_state_saved_in_another_memory_layout_is_the_same_state(optimizer):
     steps(model, plain, 2)
     steps(other, resumed, 2)
     assert torch.allclose(other.weight, model.weight, atol=1e-5) and not other.weight.is_contiguous()
+
+
+def test_a_resume_takes_the_averages_and_leaves_the_settings():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    saved = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
+    model(torch.randn(2, 4)).sum().backward()
+    saved.step()
+    decayed, bare = [model.weight], [model.bias]
+    groups = [dict(params=decayed, weight_decay=0.1), dict(params=bare, weight_decay=0.0)]
+    resumed = torch.optim.SGD(groups, lr=0.5, momentum=0.5, nesterov=True, fused=True)
+    state = copy.deepcopy(saved.state_dict())
+    with pytest.raises(ValueError):
+        load_optimizer(resumed, state)  # other groups
+    state['param_groups'] = [dict(state['param_groups'][0], params=[i]) for i in range(2)]
+    load_optimizer(resumed, state)
+    assert [(g['lr'], g['momentum'], g['weight_decay'], g['nesterov']) for g in resumed.param_groups] == [
+        (0.5, 0.5, 0.1, True), (0.5, 0.5, 0.0, True)]
+    for parameter in model.parameters():
+        assert torch.equal(resumed.state[parameter]['momentum_buffer'], saved.state[parameter]['momentum_buffer'])
+
+
+def test_momentum_that_comes_with_a_resume_starts_from_zero(unwritten_memory_is_nan):
+    parameter = torch.nn.Parameter(torch.zeros(8))
+    parameter.grad = torch.ones(8)
+    saved = torch.optim.SGD([parameter], lr=0.1)
+    saved.step()
+    resumed = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+    load_optimizer(resumed, saved.state_dict())
+    assert torch.equal(resumed.state[parameter]['momentum_buffer'], torch.zeros(8))
+
+
+@pytest.mark.parametrize('there,here', [(torch.optim.SGD, torch.optim.AdamW), (torch.optim.AdamW, torch.optim.SGD)])
+def test_the_state_of_another_optimiser_is_refused(there, here):
+    parameter = torch.nn.Parameter(torch.zeros(8))
+    parameter.grad = torch.ones(8)
+    saved = there([parameter], lr=0.1)
+    saved.step()
+    with pytest.raises(ValueError, match='another optimiser'):
+        load_optimizer(here([parameter], lr=0.1), saved.state_dict())

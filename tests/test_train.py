@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import REPOSITORY
 from script_runner import ENV, run_script
@@ -220,13 +222,31 @@ def test_a_corrupt_image_is_named_counted_and_passed_over(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):
-    done = train(*TINY, '--data-dir', images, '--epochs', 40, '--output', tmp_path, '--experiment', 'run', '--lr', '1e20',
-                 '--warmup-epochs', 2, '--hyper-norm', 'none', '--model', 'test_vit', '--img-size', 160)
+    args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--hyper-norm', 'none',
+            '--model', 'test_vit', '--img-size', 160, '--warmup-epochs', 0]
+    check_ok(train(*args, '--epochs', 1))
+    done = train(*args, '--epochs', 40, '--lr', '1e20')
     text = done.stdout + done.stderr
     assert done.returncode == 1 and 'The loss is not finite' in text and 'Traceback' not in text
+    assert (tmp_path / 'run' / 'last.pth.tar').exists()
     for path in (tmp_path / 'run').glob('*.pth.tar'):
         state = read_checkpoint(str(path))
         assert all(torch.isfinite(v).all() for v in state['state_dict'].values() if v.is_floating_point())
+
+
+def test_a_killed_run_leaves_the_backbone_of_its_last_checkpoint(tmp_path):
+    process = subprocess.Popen(
+        command(*TINY, '--dataset', 'digits', '--in-chans', 1, '--epochs', 1000, '--knn-interval', 0, '--output', tmp_path,
+                '--experiment', 'run'),
+        env=ENV, cwd=REPOSITORY, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for line in process.stderr:
+        if 'epoch 1: ' in line:
+            process.kill()
+            break
+    process.communicate()
+    state = read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['state_dict']
+    exported = load_file(tmp_path / 'run' / 'export' / 'model.safetensors')
+    assert exported.keys() == state.keys() and all(torch.equal(exported[name], state[name]) for name in state)
 
 
 def test_a_collapsed_representation_is_announced(tmp_path, images):
@@ -316,6 +336,32 @@ def test_knn_may_be_switched_on_by_a_resume(tmp_path, images):
     assert rows_of(tmp_path / 'run')[1]['eval_knn']
 
 
+def test_knn_may_be_switched_off_by_a_resume(tmp_path, images):
+    args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    check_ok(train(*args, '--epochs', 1))
+    text = check_ok(train(*args, '--epochs', 2, '--knn-interval', 0))
+    assert 'kNN: switched off' in text and 'curves.png' in text and not rows_of(tmp_path / 'run')[1]['eval_knn']
+
+
+def test_a_resume_takes_the_settings_of_the_optimiser_that_it_is_given(tmp_path, images, capsys):
+    args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--knn-interval', 0]
+    check_ok(train(*args, '--epochs', 1))
+    check_ok(train(*args, '--epochs', 2, '--weight-decay', '0.1', '--momentum', '0.5'))
+    group, = read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['optimizer']['param_groups']
+    assert (group['weight_decay'], group['momentum']) == (0.1, 0.5)
+    check_refused(capsys, [*args, '--epochs', 3, '--opt', 'adamw'], '--resume', 'another optimiser')
+
+
+def test_banks_larger_than_the_images_may_go_on_but_not_begin(tmp_path, capsys):
+    few, many = make_images(tmp_path / 'few', 12), make_images(tmp_path / 'many')
+    args = [*TINY, '--output', tmp_path, '--knn-interval', 0]
+    check_refused(capsys, [*args, '--epochs', 1, '--data-dir', few], '--bank-size 16', '1 would do')
+    check_ok(train(*args, '--epochs', 1, '--data-dir', many, '--experiment', 'many'))
+    args += ['--data-dir', few, '--experiment', 'few', '--resume', tmp_path / 'many' / 'last.pth.tar', '--epochs', 2]
+    check_refused(capsys, [*args, '--bank-size', 8], '--bank-size 8', 'hold 16')
+    check_ok(train(*args))
+
+
 def test_a_resume_keeps_its_banks_when_there_are_more_images(tmp_path):
     at = TINY.index('--bank-size')
     args = [*TINY[:at], *TINY[at + 2:], '--data-dir', tmp_path / 'images', '--output', tmp_path, '--experiment', 'run',
@@ -400,7 +446,24 @@ def test_two_processes_train_by_torchrun(tmp_path, images):
     done = subprocess.run([*launch, *map(str, args)], env=ENV, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     text = check_ok(done)
     assert '3 batches of 4 x 2 an epoch' in text and text.count('Load the backbone') == 1
-    assert len(rows_of(tmp_path / 'run')) == 2
+    assert len(rows_of(tmp_path / 'run')) == 2 and all(row['eval_knn'] for row in rows_of(tmp_path / 'run'))
+    alone = check_ok(train(*args, '--epochs', 1, '--experiment', 'alone'))
+    line = r'kNN top-1 of the raw pixels .*'  # and of the backbone before training: shared, the same
+    assert re.findall(line, text) == re.findall(line, alone) != []
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path, images):
+    """Nodes whose --output is on disks of their own."""
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    args = [*map(str, [*TINY, '--data-dir', images, '--knn-interval', 0, '--output', 'out', '--experiment', 'run'])]
+    check_ok(train(*args, '--epochs', 1, cwd=tmp_path / '0'))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--no-python', 'bash', '-c']
+    script = shlex.join(command(*args, '--epochs', 2, '--resume', 'auto'))
+    done = subprocess.run([*launch, f'cd "$LOCAL_RANK" && exec {script}'], env=ENV, cwd=tmp_path, capture_output=True,
+                          text=True, timeout=240)
+    assert done.returncode != 0 and 'process 0 finds epoch 1, batch 0, process 1 no checkpoint' in done.stderr
+    assert len(rows_of(tmp_path / '0' / 'out' / 'run')) == 1
 
 
 @pytest.mark.slow
@@ -476,6 +539,9 @@ def test_a_run_is_not_overwritten_and_a_file_of_another_model_not_resumed(tmp_pa
     check_ok(train(*args, '--experiment', 'run'))
     before = {p: p.read_bytes() for p in (tmp_path / 'run').rglob('*') if p.is_file()}
     check_refused(capsys, [*args, '--experiment', 'run'], '--experiment run', '--resume auto')
+    (tmp_path / 'begun').mkdir()
+    shutil.copy(tmp_path / 'run' / 'last.pth.tar', tmp_path / 'begun' / 'recovery-0-2.pth.tar')
+    check_refused(capsys, [*args, '--experiment', 'begun'], '--experiment begun', '--resume auto')
     shutil.copy(tmp_path / 'run' / 'last.pth.tar', tmp_path)  # another run's, which must not begin in this one's folder
     check_refused(capsys, [*args, '--experiment', 'run', '--resume', tmp_path / 'last.pth.tar'], '--experiment run')
     other = [*args, '--experiment', 'other', '--resume', tmp_path / 'run' / 'last.pth.tar']

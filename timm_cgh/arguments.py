@@ -76,12 +76,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f'--config {path}: {" ".join(str(error).split())}')
         if not isinstance(values, dict):
             self.error(f'--config {path}: must hold options as "name: value" lines')
-        actions = {action.dest: action for action in self._actions}
+        actions = {flag.lstrip('-').replace('-', '_'): action for action in self._actions for flag in action.option_strings}
+        actions.update({action.dest: action for action in self._actions})  # as args.yaml has them
+        checked = {}
         for key, value in values.items():
             if key not in actions:
                 self.error(f'--config {path}: no such option: {key}')
-            values[key] = self._checked(path, actions[key], value)
-        return values
+            checked[actions[key].dest] = self._checked(path, actions[key], value)
+        return checked
 
     def _checked(self, path: str, action: argparse.Action, value: Any) -> Any:
         if value is None or isinstance(value, dict):

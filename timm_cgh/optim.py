@@ -7,7 +7,7 @@ __all__ = ['fill_momentum', 'load_optimizer']
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Have SGD start from momentum 0, which makes its first step the gradient, as it is without.
+    """Have SGD start from momentum 0 where it has none yet, which makes its first step the gradient, as it is without.
 
     torch's fused SGD takes unwritten memory for its buffers and fills them in its first step: not when a gradient scaler
     has found that step's gradients infinite. The second step would then use them as they are.
@@ -17,19 +17,27 @@ def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group['params']:
             if group['momentum'] and not group['dampening'] and parameter.requires_grad:
-                optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+                optimizer.state[parameter].setdefault('momentum_buffer', torch.zeros_like(parameter))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
-    """`optimizer.load_state_dict`, for parameters that may lie in memory in another order than when it was saved.
+    """`optimizer.load_state_dict` of the averages alone: settings (weight decay, ...) stay those of `optimizer`.
 
-    A state keeps the order that it was saved in (channels first, say), and the fused optimisers on a CPU have no look at
-    strides.
+    Parameters may lie in memory in another order than when the state was saved. A state keeps its order (channels first,
+    say), and the fused optimisers on a CPU have no look at strides.
 
     Raises:
-        ValueError, KeyError: the state of other parameters
+        ValueError, KeyError: the state of other parameters, or of another optimiser
     """
+    foreign = {k for group in state['param_groups'] for k in group} - {'params', 'initial_lr', 'lr_scale', 'step'}
+    foreign -= {k for group in optimizer.param_groups for k in group}
+    if foreign:
+        raise ValueError(f"the state of another optimiser, one with {', '.join(sorted(foreign))}")
+    settings = [{k: v for k, v in group.items() if k in optimizer.defaults} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings):
+        group.update(values)
+    fill_momentum(optimizer)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

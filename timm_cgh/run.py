@@ -25,11 +25,11 @@ from timm_cgh.models import create_backbone
 from timm_cgh.optim import load_optimizer
 from timm_cgh.report import save_curves
 from timm_cgh.summary import epochs_done
-from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task, read_checkpoint, resume_path
+from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task, newest_files, read_checkpoint, resume_path
 
 __all__ = [
-    'build_task', 'check_view_sizes', 'create_tracker', 'leave_files', 'open_run_folder', 'order_of', 'restore',
-    'warn_if_collapsed',
+    'build_task', 'check_same_place', 'check_view_sizes', 'create_tracker', 'export_run', 'leave_files',
+    'open_run_folder', 'order_of', 'restore', 'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
@@ -153,7 +153,7 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
     resume = resume_path(args.resume, folder)
     here = args.resume == 'auto' or (
         bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
-    if not here and os.path.exists(os.path.join(folder, 'last.pth.tar')):
+    if not here and newest_files(folder):
         raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
     try:
         os.makedirs(folder, exist_ok=True)
@@ -216,6 +216,40 @@ def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
                 f'help.')
 
 
+def check_same_place(resume: Optional[str], epoch: int, batch: int, device: torch.device) -> None:
+    """Refuse processes that would go on from different places: each reads the checkpoint from its own file system."""
+    if not dist.is_initialized():
+        return
+    place = torch.tensor([resume is not None, epoch, batch], device=device)
+    places = [torch.empty_like(place) for _ in range(dist.get_world_size())]
+    dist.all_gather(places, place)
+    for rank, other in enumerate(places):
+        if not torch.equal(other, places[0]):
+            where = [f'epoch {int(p[1])}, batch {int(p[2])}' if p[0] else 'no checkpoint' for p in (places[0], other)]
+            raise InputError(
+                f'--resume: process 0 finds {where[0]}, process {rank} {where[1]}; all nodes must see the same files, '
+                f'--output on a disk that they share')
+
+
+def export_run(
+        args: argparse.Namespace,
+        folder: str,
+        task: MomentumTask,
+        rows: List[Dict[str, Any]],
+        data_config: Dict[str, Any],
+        model_kwargs: Dict[str, Any],
+) -> None:
+    """Write the backbone as it is now, a plain timm model, to `export/`."""
+    export_backbone(
+        task.student.backbone,
+        os.path.join(folder, 'export'),
+        **data_config,
+        crop_pct=eval_crop_pct(data_config['input_size'][-1]),
+        tag=f"{f'cgh_{args.context}' if args.method == 'cgh' else args.method}_{epochs_done(rows)}ep",
+        model_kwargs=model_kwargs,
+    )
+
+
 def leave_files(
         args: argparse.Namespace,
         folder: str,
@@ -227,14 +261,7 @@ def leave_files(
         tracker: Optional[RelationTracker] = None,
 ) -> List[str]:
     """Write what a run leaves beside its checkpoints, exported backbone and pictures; gives the names of its files."""
-    export_backbone(
-        task.student.backbone,
-        os.path.join(folder, 'export'),
-        **data_config,
-        crop_pct=eval_crop_pct(data_config['input_size'][-1]),
-        tag=f"{f'cgh_{args.context}' if args.method == 'cgh' else args.method}_{epochs_done(rows)}ep",
-        model_kwargs=model_kwargs,
-    )
+    export_run(args, folder, task, rows, data_config, model_kwargs)
     files = ['args.yaml', 'summary.csv', 'last.pth.tar', 'export/']
     name = os.path.basename(folder)
     drawn = save_curves(rows, os.path.join(folder, 'curves.png'), name, knn_levels)

@@ -82,7 +82,9 @@ def choose_settings(args: argparse.Namespace, num_images: int) -> None:
     if args.bank_size is None:
         args.bank_size = saved_bank_size(args) or default_bank_size(num_images)
         _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images (--bank-size)')
-    elif args.bank_size > num_images:
+    elif (saved := saved_bank_size(args)) not in (None, args.bank_size):
+        raise InputError(f'--bank-size {args.bank_size}: the banks of --resume {args.resume} hold {saved}')
+    elif saved is None and args.bank_size > num_images:
         raise InputError(
             f'--bank-size {args.bank_size}: larger than the data set ({num_images} images), every image would sit in '
             f'it several times; {default_bank_size(num_images)} would do')

@@ -20,7 +20,8 @@ except ImportError:  # the same pixels from Pillow, a quarter slower
 
 __all__ = ['decode_pixels', 'image_name', 'more_extensions', 'read_image', 'read_or_next', 'to_label', 'to_mode']
 
-_MAX_UNREADABLE = 10  # in a row, before a data set is given up
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_MAX_TRIED = 50  # in place of an unreadable image, before a data set is given up: most of it is broken
 # what Pillow and timm's readers raise on broken files, missing files and empty cells
 _UNREADABLE = (
     AssertionError,
@@ -148,7 +149,10 @@ def read_or_next(
         mode: str,
         take: Callable = to_mode,
 ) -> Tuple[Any, int, List[str]]:
-    """Read an image, or the first readable one after it.
+    """Read an image, or another one in its place.
+
+    Unreadable files come in clusters of neighbours (a copy that was interrupted), so the images tried in its place lie
+    all over the data set: at the multiples of the golden ratio from it, the same ones whenever it is asked for.
 
     Args:
         dataset, index, mode, take: see `read_image`
@@ -157,18 +161,19 @@ def read_or_next(
         what `take` gives, the image by default; label; names of the images that were passed over
 
     Raises:
-        InputError: ten in a row cannot be read
+        InputError: none of fifty can be read
         IndexError: no such item
     """
     if not 0 <= index < len(dataset):
         raise IndexError(f'image {index} of {len(dataset)}')
     unreadable: List[str] = []
-    for step in range(_MAX_UNREADABLE):
-        place = (index + step) % len(dataset)
+    count = len(dataset)
+    for place in dict.fromkeys((index + int(step * _GOLDEN * count)) % count for step in range(_MAX_TRIED)):
         try:
             return *read_image(dataset, place, mode, take), unreadable
         except _UNREADABLE as error:
             reason = ' '.join(str(error).split()) or type(error).__name__
             unreadable.append(image_name(dataset, place))
     raise InputError(
-        f'--data-dir: {_MAX_UNREADABLE} images in a row cannot be read, from {unreadable[0]} on, last: {reason[:200]}')
+        f'--data-dir: most images cannot be read: none of {len(unreadable)} that were tried, '
+        f'{unreadable[0]} among them ({reason[:200]})')

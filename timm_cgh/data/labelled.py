@@ -56,7 +56,7 @@ def class_numbers(dataset: Dataset) -> Dict[str, int]:
 
 
 class ImageSubset(Subset):
-    """Chosen images of a data set, as (PIL image, label) items of one mode; an unreadable one is replaced by the next.
+    """Chosen images of a data set, as (PIL image, label) items of one mode; an unreadable one is replaced by another.
 
     Args:
         dataset: map-style

@@ -125,7 +125,7 @@ def _explain(error: Exception, name: str, root: Optional[str], split: str, flag:
     """One line that names the flag, for whatever a reader's libraries raised."""
     prefix, where = prefix_of(name), f'--dataset {name}' if name else f'--data-dir {root}'
     reason = (' '.join(str(error).split()) or type(error).__name__)[:300]
-    lower = reason.lower()
+    lower = reason.lower().replace((root or name).lower(), '')  # no hints from the user's own names
     if isinstance(error, ImportError) or 'please install' in lower:
         return InputError(f'--dataset {name}: needs a package (pip install {_PACKAGES.get(prefix, "timm")})')
     if 'num_samples' in lower:

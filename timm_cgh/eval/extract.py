@@ -69,20 +69,21 @@ def gather_rows(
 
 
 class _Share(Dataset):
-    """This process's images of a data set; in place of an unreadable one the data set's next, whoever asks."""
+    """This process's images of a data set; in place of an unreadable one another, whoever asks."""
 
-    def __init__(self, dataset: Dataset, indices: torch.Tensor, mode: str):
+    def __init__(self, dataset: Dataset, indices: torch.Tensor, mode: str, name_unreadable: bool):
         self.dataset = dataset
         self.indices = indices
         self.mode = mode
+        self.name_unreadable = name_unreadable
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
         image, label, unreadable = read_or_next(self.dataset, int(self.indices[index]), self.mode)
-        for name in unreadable:
-            _logger.warning(f'Unreadable image, the next one stands in for it: {name}')
+        for name in unreadable if self.name_unreadable else ():
+            _logger.warning(f'Unreadable image, another one stands in for it: {name}')
         return image, label
 
 
@@ -106,6 +107,7 @@ def extract_distributed(
         data_config: Dict[str, Any],
         args: argparse.Namespace,
         device: torch.device,
+        name_unreadable: bool = True,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Features of a data set, each image once, the work shared among all processes.
 
@@ -117,13 +119,14 @@ def extract_distributed(
         data_config: see `create_eval_loader`
         args: `batch_size`, `workers`, `amp`, `amp_dtype`, `channels_last`, and what `init_run` sets
         device: of this process
+        name_unreadable: warn of each image that another stands in for
 
     Returns:
         (N, D) float32 features and (N,) int64 labels on the CPU, in the order of the data set, on every process
     """
     count, size = len(dataset), args.batch_size
     indices = block_indices(count, size, args.rank, args.world_size)
-    share = _Share(dataset, indices, image_mode(data_config['input_size'][0]))
+    share = _Share(dataset, indices, image_mode(data_config['input_size'][0]), name_unreadable)
     features = labels = None
     if len(indices):
         loader = create_eval_loader(share, data_config, batch_size=size, workers=args.workers, device=device)

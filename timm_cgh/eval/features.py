@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_cgh.data.workers import iterate, start_worker
 
-__all__ = ['Pixels', 'create_eval_loader', 'eval_crop_pct', 'extract_features']
+__all__ = ['Pixels', 'create_eval_loader', 'eval_crop_pct', 'extract_features', 'pooled_features']
 
 
 def eval_crop_pct(img_size: int) -> float:
@@ -113,8 +113,22 @@ def create_eval_loader(
     )
 
 
+def pooled_features(model: nn.Module, images: torch.Tensor, amp_dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """(B, D) float32 features of a batch, of a model that pools or of the last map of a `features_only` model.
+
+    Args:
+        model: frozen, see `extract_features`
+        images: (B, C, H, W) normalised, on the model's device
+        amp_dtype: run under autocast to this type; what float16 cannot hold is run again in float32
+    """
+    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        output = _pooled(model(images), model)
+    if amp_dtype is torch.float16 and not output.isfinite().all():  # beyond 65504 in some layer
+        output = _pooled(model(images), model)
+    return output.float()
+
+
 def _pooled(output: Any, model: nn.Module) -> torch.Tensor:
-    """(B, D) feature from what the model gives: pooled already, or the maps of a `features_only` model."""
     if isinstance(output, (list, tuple)):
         output = output[-1].mean(dim=(1, 2) if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else (2, 3))
     if output.ndim != 2:
@@ -159,11 +173,7 @@ def extract_features(
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for images, target in iterate(loader):
                 images = images.to(device, non_blocking=True, memory_format=layout)
-                with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                    output = _pooled(model(images), model)
-                if amp_dtype is torch.float16 and not output.isfinite().all():  # beyond 65504 in some layer
-                    output = _pooled(model(images), model)
-                features.append(output.float().cpu())
+                features.append(pooled_features(model, images, amp_dtype).cpu())
                 labels.append(target.cpu())
     finally:
         for module, flag in training:  # parents come first: what train() does to their children is put right after

@@ -44,9 +44,13 @@ def _cfg(architecture: str, **kwargs: Any) -> Dict[str, Any]:
     }
 
 
+def _in_repository() -> bool:
+    return (REPOSITORY / 'hubconf.py').is_file()
+
+
 def _folders() -> Dict[str, Path]:
     """Checkpoints that lie in the repository: key -> folder."""
-    if not (REPOSITORY / 'hubconf.py').is_file():
+    if not _in_repository():
         return {}
     return {path.parent.name: path.parent for path in sorted(REPOSITORY.glob('weights/cgh_*/config.json'))}
 
@@ -110,8 +114,10 @@ def _create(
         return entry_point(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
     if not key:
         there = ', '.join(published()) or 'none of any architecture'
+        elsewhere = '' if _in_repository() else (
+            ' Those of the repository do not come with an installed package: torch.hub.load or pip install -e has them.')
         raise RuntimeError(
-            f'No CGH checkpoint is published for {name} yet (there is: {there}). Train one, python train.py --model '
+            f'No CGH checkpoint is published for {name} yet (there is: {there}).{elsewhere} Train one, python train.py --model '
             f"{architecture} --data-dir images/, and load it by timm.create_model('local-dir:<run>/export', "
             f'pretrained=True); pretrained=False gives random weights')
     folder = _folders().get(key)

@@ -3,7 +3,7 @@ import argparse
 import glob
 import logging
 import os
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.utils import CheckpointSaver
@@ -14,7 +14,7 @@ from timm_cgh.errors import InputError
 from .cgh import CGHTask
 from .portable import local_checkpoint, read_portable
 
-__all__ = ['RunSaver', 'find_resume', 'read_checkpoint', 'resume_path']
+__all__ = ['RunSaver', 'find_resume', 'newest_files', 'read_checkpoint', 'resume_path']
 
 _logger = logging.getLogger('train')
 
@@ -47,12 +47,16 @@ def _place(state: Dict[str, Any]) -> Tuple[int, int]:
     return state['progress']['epoch'], state['progress']['batch']
 
 
+def newest_files(folder: str) -> List[str]:
+    """The checkpoints of a run's folder that it may go on from: `last` and recovery files."""
+    last = os.path.join(folder, 'last.pth.tar')
+    return [path for path in (last, *glob.glob(os.path.join(folder, 'recovery-*.pth.tar'))) if os.path.exists(path)]
+
+
 def find_resume(folder: str) -> Optional[str]:
     """The most advanced readable checkpoint of a run's folder, `last` or a recovery file; None where there is none."""
     best, best_at = None, None
-    for path in [os.path.join(folder, 'last.pth.tar'), *glob.glob(os.path.join(folder, 'recovery-*.pth.tar'))]:
-        if not os.path.exists(path):
-            continue
+    for path in newest_files(folder):
         try:
             at = _place(read_checkpoint(path, mmap=True))
         except InputError as error:

@@ -185,6 +185,8 @@ def main(argv=None):
         classifier.load_state_dict(state['classifier'])
         load_optimizer(optimizer, state['optimizer'])
         scheduler.load_state_dict(state['scheduler'])
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
+            group['lr'] = rate  # a MultiStepLR goes on from the rate that it finds
         if scaler is not None and state['scaler'] is not None:
             scaler.load_state_dict(state['scaler'])
         start_epoch = state['epoch']

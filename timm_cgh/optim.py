@@ -21,7 +21,7 @@ def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` of the averages alone: settings (weight decay, ...) stay those of `optimizer`.
+    """`optimizer.load_state_dict` of the averages alone: rates, weight decay, ... stay those of `optimizer`.
 
     Parameters may lie in memory in another order than when the state was saved. A state keeps its order (channels first,
     say), and the fused optimisers on a CPU have no look at strides.

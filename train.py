@@ -429,6 +429,9 @@ def main(argv=None):
     saver.progress = dict(epoch=0, batch=0, knn=knn, knn_before=knn_before, order=order_of(args, len(loader)),
                           bank_size=args.bank_size)
 
+    def export():
+        export_run(args, folder, task, summary.rows, data_config, model_kwargs)
+
     # ---- training
     stop, unreadable, finished = StopRequest(), set(), True
     parts = Parts(task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker)
@@ -467,7 +470,7 @@ def main(argv=None):
             saver.progress.update(epoch=epoch + 1, batch=0, knn=knn, meter=None)
             saver.save_checkpoint(epoch, metric=knn_now)
             if not last:  # before it goes on: whoever takes the backbone of a running or a killed run takes the newest
-                export_run(args, folder, task, summary.rows, data_config, model_kwargs)
+                export()
             averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
             _logger.info(f"epoch {epoch}: {averages}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
             boards.add(row)
@@ -479,7 +482,8 @@ def main(argv=None):
         unreadable = set().union(*names)
     if primary:
         levels = {k: v for k, v in (('untrained', knn_before), ('raw pixels', pixels)) if v is not None}
-        files = leave_files(args, folder, task, summary.rows, data_config, model_kwargs, levels, tracker)
+        export()
+        files = leave_files(args, folder, task, summary.rows, levels, tracker)
         if not finished:
             name = signal.Signals(stop.signum).name
             _logger.info(f'Stopped by {name}; state saved, --resume auto continues {folder}')
@@ -488,8 +492,8 @@ def main(argv=None):
         if unreadable:
             _logger.warning(f'{len(unreadable)} unreadable images were passed over')
         _logger.info(f"Files in {folder}: {', '.join(files)}")
-        export = os.path.join(folder, 'export')
-        _logger.info(f"Load the backbone: timm.create_model('local-dir:{export}', pretrained=True)")
+        exported = os.path.join(folder, 'export')
+        _logger.info(f"Load the backbone: timm.create_model('local-dir:{exported}', pretrained=True)")
     if args.distributed:
         dist.destroy_process_group()
     return 0 if finished else 128 + stop.signum

@@ -255,13 +255,10 @@ def leave_files(
         folder: str,
         task: MomentumTask,
         rows: List[Dict[str, Any]],
-        data_config: Dict[str, Any],
-        model_kwargs: Dict[str, Any],
         knn_levels: Dict[str, float],
         tracker: Optional[RelationTracker] = None,
 ) -> List[str]:
-    """Write what a run leaves beside its checkpoints, exported backbone and pictures; gives the names of its files."""
-    export_run(args, folder, task, rows, data_config, model_kwargs)
+    """Draw the pictures of a run; gives the names of all its files."""
     files = ['args.yaml', 'summary.csv', 'last.pth.tar', 'export/']
     name = os.path.basename(folder)
     drawn = save_curves(rows, os.path.join(folder, 'curves.png'), name, knn_levels)

@@ -79,10 +79,11 @@ def choose_settings(args: argparse.Namespace, num_images: int) -> None:
     for flag, value in (('warmup', args.warmup_epochs), ('contrast-warmup', args.contrast_warmup_epochs)):
         if value >= args.epochs:
             raise InputError(f'--{flag}-epochs {value:g}: as long as the run (--epochs {args.epochs}), take less')
+    saved = saved_bank_size(args)
     if args.bank_size is None:
-        args.bank_size = saved_bank_size(args) or default_bank_size(num_images)
+        args.bank_size = saved or default_bank_size(num_images)
         _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images (--bank-size)')
-    elif (saved := saved_bank_size(args)) not in (None, args.bank_size):
+    elif saved not in (None, args.bank_size):
         raise InputError(f'--bank-size {args.bank_size}: the banks of --resume {args.resume} hold {saved}')
     elif saved is None and args.bank_size > num_images:
         raise InputError(

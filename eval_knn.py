@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, at_least_one, natural, positive
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import read_or_next
+from timm_cgh.data.decode import read_or_another
 from timm_cgh.errors import InputError, blame
 from timm_cgh.eval import Pixels, eval_crop_pct
 from timm_cgh.eval.classifier import class_names
@@ -77,7 +77,7 @@ def save_retrieval(args, train_set, val_set, train, val, names):
     neighbours = nearest_neighbors(train[0], val[0][queries], min(9, len(train_set)))
 
     def item(dataset, index, wanted=None):
-        image, label, _ = read_or_next(dataset, int(index), image_mode(args.in_chans))
+        image, label, _ = read_or_another(dataset, int(index), image_mode(args.in_chans))
         image.thumbnail((160, 160))
         return image, names[label] if names else str(label), label == wanted
 

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
-from timm_cgh.data.decode import read_image, read_or_next, to_mode
+from timm_cgh.data.decode import read_image, read_or_another, to_mode
 from timm_cgh.data.sources import InputError
 
 
@@ -225,7 +225,7 @@ def test_truncated_files_are_passed_over_and_named(tmp_path, suffix):
     dataset = open_dataset('', str(tmp_path), 'train')
     for length in (0, 3, 40, len(whole) // 2):
         (tmp_path / f'1{suffix}').write_bytes(whole[:length])
-        image, _, unreadable = read_or_next(dataset, 1, 'RGB')
+        image, _, unreadable = read_or_another(dataset, 1, 'RGB')
         assert unreadable == [str(tmp_path / f'1{suffix}')]
         others = [np.asarray(read_image(dataset, i, 'RGB')[0]) for i in (0, 2)]
         assert any(np.array_equal(np.asarray(image), other) for other in others)
@@ -241,13 +241,13 @@ def test_scrambled_files_never_raise_anything_else(tmp_path):
         for place in rng.integers(0, len(whole), 8):
             broken[place] = rng.integers(256)
         (tmp_path / '0.png').write_bytes(broken)
-        assert read_or_next(dataset, 0, 'RGB')[0].size is not None
+        assert read_or_another(dataset, 0, 'RGB')[0].size is not None
 
 
 def test_images_that_are_all_broken_are_an_error(tmp_path):
     for i in range(12):
         (tmp_path / f'{i}.jpg').write_bytes(b'not an image')
-    refused('--data-dir', '0.jpg', call=read_or_next, args=(open_dataset('', str(tmp_path), 'train'), 0, 'RGB'))
+    refused('--data-dir', '0.jpg', call=read_or_another, args=(open_dataset('', str(tmp_path), 'train'), 0, 'RGB'))
 
 
 def test_a_run_of_unreadable_neighbours_is_passed_over(tmp_path):
@@ -256,10 +256,10 @@ def test_a_run_of_unreadable_neighbours_is_passed_over(tmp_path):
         path = tmp_path / f'{i:03}.png'
         path.write_bytes(b'') if i < 30 else picture(i).save(path)
     dataset = open_dataset('', str(tmp_path), 'train')
-    taken = [read_or_next(dataset, i, 'RGB') for i in range(60)]
+    taken = [read_or_another(dataset, i, 'RGB') for i in range(60)]
     assert [names[:1] for _, _, names in taken] == [[str(tmp_path / f'{i:03}.png')] if i < 30 else [] for i in range(60)]
     assert all(len(names) == len(set(names)) < 10 for _, _, names in taken)
-    again = read_or_next(dataset, 7, 'RGB')
+    again = read_or_another(dataset, 7, 'RGB')
     assert again[2] == taken[7][2] and np.array_equal(np.asarray(again[0]), np.asarray(taken[7][0]))
 
 

@@ -18,7 +18,7 @@ try:
 except ImportError:  # the same pixels from Pillow, a quarter slower
     simplejpeg = None
 
-__all__ = ['decode_pixels', 'image_name', 'more_extensions', 'read_image', 'read_or_next', 'to_label', 'to_mode']
+__all__ = ['decode_pixels', 'image_name', 'more_extensions', 'read_image', 'read_or_another', 'to_label', 'to_mode']
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _MAX_TRIED = 50  # in place of an unreadable image, before a data set is given up: most of it is broken
@@ -143,7 +143,7 @@ def image_name(dataset: Dataset, index: int) -> str:
     return str(name) if name else f'image {index}'
 
 
-def read_or_next(
+def read_or_another(
         dataset: Dataset,
         index: int,
         mode: str,

@@ -10,7 +10,7 @@ from torchvision.datasets import INaturalist
 
 from timm_cgh.errors import InputError
 
-from .decode import read_or_next, to_label
+from .decode import read_or_another, to_label
 from .sources import find_split_folder, image_mode, open_dataset, prefix_of
 
 __all__ = ['ImageSubset', 'class_numbers', 'labels_of', 'open_eval_datasets']
@@ -69,7 +69,7 @@ class ImageSubset(Subset):
         self.mode = mode
 
     def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
-        image, label, _ = read_or_next(self, index, self.mode)
+        image, label, _ = read_or_another(self, index, self.mode)
         return image, label
 
     def __getitems__(self, indices: List[int]) -> List[Tuple[Image.Image, int]]:

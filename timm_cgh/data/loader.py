@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from timm_cgh.errors import InputError
 
 from .augment import photometric
-from .decode import read_or_next
+from .decode import read_or_another
 from .sources import is_stream, num_images
 from .stream import ViewStream
 from .views import ViewSpec, cut_views
@@ -72,7 +72,7 @@ class ViewDataset(Dataset):
             # drawn by the index asked for: a replacement does not look like its own turn in the epoch
             return cut_views(image, self.specs, self.seed, epoch, index, mode)
 
-        (views, params), target, unreadable = read_or_next(self.dataset, index, self.mode, cut)
+        (views, params), target, unreadable = read_or_another(self.dataset, index, self.mode, cut)
         return views, params, target, index, unreadable
 
 

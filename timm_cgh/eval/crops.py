@@ -9,7 +9,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from timm_cgh.data import EpochBatchSampler, image_mode
-from timm_cgh.data.decode import read_or_next
+from timm_cgh.data.decode import read_or_another
 from timm_cgh.errors import InputError
 
 __all__ = ['BlockSampler', 'CropLoader']
@@ -88,7 +88,7 @@ class _Crops(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Tuple[int, int]) -> Tuple[torch.Tensor, int]:
-        image, label, unreadable = read_or_next(self.dataset, key[1], self.mode)
+        image, label, unreadable = read_or_another(self.dataset, key[1], self.mode)
         for name in unreadable:
             _logger.warning(f'Unreadable image passed over: {name}')
         with _seeded(hash((self.seed, *key))):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import read_or_next
+from timm_cgh.data.decode import read_or_another
 
 from .features import create_eval_loader, extract_features
 
@@ -81,7 +81,7 @@ class _Share(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
-        image, label, unreadable = read_or_next(self.dataset, int(self.indices[index]), self.mode)
+        image, label, unreadable = read_or_another(self.dataset, int(self.indices[index]), self.mode)
         for name in unreadable if self.name_unreadable else ():
             _logger.warning(f'Unreadable image, another one stands in for it: {name}')
         return image, label

@@ -193,6 +193,7 @@ def test_registry_name_gives_the_same_features_from_the_pinned_commit(published,
 
 
 def test_torch_hub_gives_the_same_features(published, features, client, tmp_path):
+    client(at_client.publish_only, published.key, published.row)
     name = f'hf-hub:{published.repo_id}'
     assert torch.equal(client(at_client.torch_hub_features, 'cgh', checkpoint=name), features)
     assert torch.equal(client(at_client.torch_hub_features, 'cgh_resnet18', pretrained=True), features)

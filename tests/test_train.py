@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from conftest import REPOSITORY
 from script_runner import ENV, run_script
 from timm_cgh.progress import StopRequest
+from timm_cgh.run import leave_files
 from timm_cgh.task import read_checkpoint
 
 # a network, heads and a data set small enough that a run is a matter of seconds
@@ -400,6 +401,13 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     assert re.search(r'Resumed .*recovery-1-\d+\.pth\.tar at epoch 1, batch \d+', text)
     check_ok(train(*args, '--experiment', 'whole'))
     files_equal(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_a_run_stopped_in_its_first_epoch_draws_nothing_and_names_only_what_is_there(tmp_path):
+    (tmp_path / 'args.yaml').touch()
+    (tmp_path / 'export').mkdir()
+    assert leave_files(None, str(tmp_path), None, [], {'raw pixels': 10.0}) == ['args.yaml', 'export/']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['args.yaml', 'export']
 
 
 def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):

@@ -258,8 +258,11 @@ def leave_files(
         knn_levels: Dict[str, float],
         tracker: Optional[RelationTracker] = None,
 ) -> List[str]:
-    """Draw the pictures of a run; gives the names of all its files."""
-    files = ['args.yaml', 'summary.csv', 'last.pth.tar', 'export/']
+    """Draw the pictures of a run, which needs an epoch to its end; gives the names of the files that it has."""
+    names = ('args.yaml', 'summary.csv', 'last.pth.tar', 'export/')
+    files = [name for name in names if os.path.exists(os.path.join(folder, name))]
+    if not rows:
+        return files
     name = os.path.basename(folder)
     drawn = save_curves(rows, os.path.join(folder, 'curves.png'), name, knn_levels)
     files.append('curves.png' if drawn else 'no curves.png (pip install matplotlib)')

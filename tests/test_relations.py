@@ -1,4 +1,3 @@
-import builtins
 import csv
 import math
 import os
@@ -255,14 +254,7 @@ def test_blank_and_late_values_are_passed_over(tmp_path):
 
 
 def test_without_matplotlib_the_command_says_so(tmp_path, runs, monkeypatch, capsys):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.startswith('matplotlib'):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, '__import__', missing)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     check_refused([*runs, '--out', tmp_path / 'a.png'], 'pip install matplotlib', capsys)
     assert not (tmp_path / 'a.png').exists()
 

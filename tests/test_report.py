@@ -1,4 +1,3 @@
-import builtins
 import math
 import os
 import stat
@@ -7,7 +6,8 @@ import sys
 import pytest
 
 from timm_cgh.files import atomic_path, atomic_write
-from timm_cgh.report import save_curves
+from timm_cgh.report import main, parser, save_curves
+from timm_cgh.summary import Summary
 
 pytest.importorskip('matplotlib', reason='curves are drawn by matplotlib')
 
@@ -86,14 +86,7 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
 
 
 def test_without_matplotlib_nothing_is_written(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.startswith('matplotlib'):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, '__import__', missing)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert save_curves(run(3), tmp_path / 'curves.png') is False
     assert not os.listdir(tmp_path)
 
@@ -133,3 +126,71 @@ def test_written_files_have_the_users_permissions(tmp_path):
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / 'a').stat().st_mode) == 0o644
+
+
+# ---- several runs
+
+
+def write_run(folder, rows):
+    summary = Summary(str(folder / 'summary.csv'))
+    folder.mkdir()
+    for row in rows:
+        summary.add(row)
+    return folder
+
+
+def drawn_lines(monkeypatch):
+    """What `Axes.plot` is asked for from now on, as (colour, style, x, y)."""
+    from matplotlib.axes import Axes
+    lines, plot = [], Axes.plot
+
+    def record(axes, x, y, **style):
+        lines.append((style['color'], style['linestyle'], list(x), list(y)))
+        return plot(axes, x, y, **style)
+
+    monkeypatch.setattr(Axes, 'plot', record)
+    return lines
+
+
+def test_each_run_has_its_colour_and_each_context_its_line(tmp_path, monkeypatch):
+    lines = drawn_lines(monkeypatch)
+    plain = [{'epoch': i, 'train_loss': 8.0 - i, 'train_std_global': 0.5} for i in range(3)]
+    runs = [write_run(tmp_path / 'cgh', run(4)), write_run(tmp_path / 'moco', plain)]
+    assert main([*map(str, runs), '--names', 'CGH', 'MoCo-v2', '--title', 'two', '--out', str(tmp_path / 'two.png')]) == 0
+    assert picture(tmp_path / 'two.png').shape[1] >= 1000
+    cgh, moco = dict.fromkeys(color for color, *_ in lines)
+    assert [(style, y) for color, style, _, y in lines if color == moco] == [('-', [8.0, 7.0, 6.0]), ('-', [0.5] * 3)]
+    mine = {tuple(y): (style, x) for color, style, x, y in lines if color == cgh}
+    assert len(mine) == 6
+    for column, style in (('train_entropy_global', '-'), ('train_entropy_hyper', '--'), ('train_std_hyper', '--')):
+        assert mine[tuple(row[column] for row in run(4))] == (style, [1, 2, 3, 4]), column
+    assert mine[tuple(row['eval_knn'] for row in run(4) if 'eval_knn' in row)] == ('-', [1, 3])
+
+
+@pytest.mark.parametrize('argv, named', (
+    (['{a}', '{tmp}/none'], ('RUN', 'none', 'no summary.csv')),
+    (['{a}', '{odd}'], ('RUN', 'odd', 'many')),
+    (['{a}', '{a}/../a'], ('two of one name', '--names')),
+    (['{a}', '--names', 'x', 'y'], ('--names', '2 names for 1 runs')),
+    (['{a}'] * 9, ('9 runs', 'at most 8')),
+    (['{a}', '--out', '{tmp}/c.jpg'], ('--out', '.png')),
+    (['{a}', '--out', '{tmp}/no/c.png'], ('--out', 'no/c.png')),
+))
+def test_runs_that_cannot_be_drawn_are_refused_in_one_line(tmp_path, argv, named, capsys):
+    a = write_run(tmp_path / 'a', run(2))
+    odd = write_run(tmp_path / 'odd', [{'epoch': 0, 'train_loss': 'many'}])
+    with pytest.raises(SystemExit) as stop:
+        parser.run(main, [part.format(a=a, odd=odd, tmp=tmp_path) for part in argv])
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(message.splitlines()) == 1
+    assert message.startswith('python -m timm_cgh.report: error: ')
+    for name in named:
+        assert name in message, message
+    assert not list(tmp_path.glob('*.png')) and not list(tmp_path.glob('*.jpg'))
+
+
+def test_runs_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(SystemExit):
+        parser.run(main, [str(write_run(tmp_path / 'a', run(2))), '--out', str(tmp_path / 'c.png')])
+    assert 'needs matplotlib' in capsys.readouterr().err

@@ -5,13 +5,10 @@ import statistics
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
+from timm_cgh.figure import BLUE, GREY, ORANGE, new_figure, open_axes, save_figure
 from timm_cgh.files import atomic_write
 
-from .pictures import new_figure, save_figure
-
 __all__ = ['Run', 'save_chart', 'save_tables', 'summarise']
-
-_BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '#555555'
 
 
 class Run(NamedTuple):
@@ -97,28 +94,25 @@ def save_chart(rows: Sequence[Dict[str, Any]], path: Union[str, Path], title: st
         return False
     accuracy, rate = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
     places = range(len(rows))
-    for name, offset, color, label in (('knn', -0.2, _BLUE, 'kNN'), ('linear', 0.2, _ORANGE, 'linear, cached features')):
+    for name, offset, color, label in (('knn', -0.2, BLUE, 'kNN'), ('linear', 0.2, ORANGE, 'linear, cached features')):
         values = [row[name] for row in rows]
         errors = [row[f'{name}_std'] or 0 for row in rows]
         accuracy.barh(
             [p + offset for p in places], values, height=0.36, color=color, label=label,
-            xerr=errors if any(errors) else None, error_kw=dict(ecolor=_GREY, capsize=2))
+            xerr=errors if any(errors) else None, error_kw=dict(ecolor=GREY, capsize=2))
         for place, value, error in zip(places, values, errors):
-            accuracy.text(value + error, place + offset, f' {value:.1f}', va='center', fontsize=7.5, color=_GREY)
+            accuracy.text(value + error, place + offset, f' {value:.1f}', va='center', fontsize=7.5, color=GREY)
     accuracy.set_xlim(0, 1.12 * max(max(row['knn'], row['linear']) for row in rows))
     accuracy.set_title('Accuracy', fontsize=10, loc='left')
     accuracy.set_xlabel('top-1, %')
     accuracy.set_yticks(places, [row['method'] for row in rows], fontsize=9)
     accuracy.set_ylim(len(rows) - 0.5, -0.5)
-    rate.barh(places, [row['images_per_s'] or 0 for row in rows], height=0.5, color=_GREY)
+    rate.barh(places, [row['images_per_s'] or 0 for row in rows], height=0.5, color=GREY)
     rate.set_title('Training', fontsize=10, loc='left')
     rate.set_xlabel('images/s')
     for axes in (accuracy, rate):
-        axes.grid(True, axis='x', color='#dddddd', linewidth=0.6)
-        axes.set_axisbelow(True)
+        open_axes(axes, grid='x')
         axes.tick_params(axis='y', length=0)
-        for side in ('top', 'right'):
-            axes.spines[side].set_visible(False)
     figure.legend(*accuracy.get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)

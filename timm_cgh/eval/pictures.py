@@ -6,30 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_cgh.files import atomic_write
+from timm_cgh.figure import BLUE, GREEN, GREY, ORANGE, new_figure, open_axes, save_figure
 
-__all__ = ['new_figure', 'save_class_accuracy', 'save_confusion', 'save_figure', 'save_retrieval_grid']
+__all__ = ['save_class_accuracy', 'save_confusion', 'save_retrieval_grid']
 
-_BLUE, _RIGHT, _WRONG, _GREY = '#0072b2', '#009e73', '#d55e00', '#555555'
+_RIGHT, _WRONG = GREEN, ORANGE
 _LISTED = 30  # classes: beyond, names cannot be read
-
-
-def new_figure(width: float, height: float):
-    """An empty figure in inches, or None where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(width, height), layout='constrained')  # not pyplot: no state, no display, no leak
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure, path: Union[str, Path]) -> bool:
-    with atomic_write(path, 'wb') as file:
-        figure.savefig(file, format='png', dpi=120)
-    return True
 
 
 def _counts(labels: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> np.ndarray:
@@ -129,7 +111,7 @@ def save_class_accuracy(
     mean = accuracy[order].mean()
     axes = figure.add_subplot()
     if listed:
-        axes.barh(range(len(order)), accuracy[order], color=_BLUE, height=0.72)
+        axes.barh(range(len(order)), accuracy[order], color=BLUE, height=0.72)
         axes.set_yticks(range(len(order)), [names[i] for i in order], fontsize=8)
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlim(0, 101)
@@ -137,24 +119,21 @@ def save_class_accuracy(
         for place, i in enumerate(order):
             inside = accuracy[i] > 10
             axes.text(accuracy[i] + (-1 if inside else 1), place, f'{accuracy[i]:.1f}', va='center', fontsize=8,
-                      ha='right' if inside else 'left', color='white' if inside else _GREY)
+                      ha='right' if inside else 'left', color='white' if inside else GREY)
         axes.axvline(mean, color=_WRONG, linewidth=1.2, linestyle='--', zorder=0.9)
         axes.set_xlabel('top-1, %')
         axes.tick_params(axis='y', length=0)
     else:
-        axes.fill_between(range(1, len(order) + 1), accuracy[order], color=_BLUE, alpha=0.25, linewidth=0)
-        axes.plot(range(1, len(order) + 1), accuracy[order], color=_BLUE, linewidth=1.6)
+        axes.fill_between(range(1, len(order) + 1), accuracy[order], color=BLUE, alpha=0.25, linewidth=0)
+        axes.plot(range(1, len(order) + 1), accuracy[order], color=BLUE, linewidth=1.6)
         axes.axhline(mean, color=_WRONG, linewidth=1.2, linestyle='--')
         axes.set_xlim(1, len(order))
         axes.set_ylim(0, 103)
         axes.set_xlabel(f'classes, from the best to the worst of {len(order)}')
         axes.set_ylabel('top-1, %')
         ends = f'best: {", ".join(names[i] for i in order[:3])}\nworst: {", ".join(names[i] for i in order[:-4:-1])}'
-        axes.text(0.01, 0.03, ends, transform=axes.transAxes, fontsize=8, color=_GREY)
-        axes.grid(True, color='#dddddd', linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ('top', 'right'):
-        axes.spines[side].set_visible(False)
+        axes.text(0.01, 0.03, ends, transform=axes.transAxes, fontsize=8, color=GREY)
+    open_axes(axes, grid=None if listed else 'both')
     axes.set_title(f'Accuracy of each class, mean {mean:.2f} % (dashed)', fontsize=10, loc='left')
     return save_figure(figure, path)
 
@@ -191,11 +170,11 @@ def save_retrieval_grid(
             axes.set_xticks([])
             axes.set_yticks([])
             for side in axes.spines.values():
-                side.set_color(_GREY if x == 0 else _RIGHT if right else _WRONG)
+                side.set_color(GREY if x == 0 else _RIGHT if right else _WRONG)
                 side.set_linewidth(1.2 if x == 0 else 3)
             name = name if len(name) <= 14 else f'{name[:13]}…'
             axes.set_xlabel(name.replace('$', r'\$'), fontsize=7, labelpad=2,
-                            color='black' if x == 0 else _GREY if right else _WRONG)
+                            color='black' if x == 0 else GREY if right else _WRONG)
             if y == 0 and x < 2:
                 axes.set_title('query' if x == 0 else 'nearest →', fontsize=8, loc='left')
     heading = ' · '.join(filter(None, (title, 'green: the class of the query, orange: another')))

@@ -15,7 +15,7 @@ import yaml
 
 from timm_cgh.arguments import Parser
 from timm_cgh.errors import InputError, blame
-from timm_cgh.files import atomic_write
+from timm_cgh.figure import BLUE, GREEN, GREY, ORANGE, PINK, count_epochs, new_figure, open_axes, save_figure
 
 from .positives import (
     RelationCounts, RelationTracker, Selection, count_relations, relation_columns, selection_text)
@@ -25,8 +25,7 @@ __all__ = [
     'read_run', 'relation_columns', 'relation_curve', 'save_relations', 'selection_text',
 ]
 
-_COLORS = ('#d55e00', '#0072b2', '#009e73', '#cc79a7')
-_GREY = '#555555'
+_COLORS = (ORANGE, BLUE, GREEN, PINK)
 _CONTEXT_NAMES = {'hyper': 'hypercolumn', 'global': 'global'}
 
 
@@ -69,44 +68,33 @@ def save_relations(
     Raises:
         OSError: the file cannot be written
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
+    figure = new_figure(10.5, 4.4)
+    if figure is None:
         return False
-
-    figure = Figure(figsize=(10.5, 4.4), layout='constrained')
-    FigureCanvasAgg(figure)
     for axes, kind in zip(figure.subplots(1, 2, sharex=True), ('recall', 'precision')):
         for curve, color in zip(curves, _COLORS):
             epochs, values = getattr(curve, kind)
             marker = 'o' if len(epochs) < 16 else None  # a run of one epoch has a point, not a line
             axes.plot(epochs, values, label=curve.label, color=color, linewidth=1.8, marker=marker, markersize=3.5)
         if not any(getattr(curve, kind)[0] for curve in curves):
-            axes.text(0.5, 0.5, 'not measured', transform=axes.transAxes, ha='center', va='center', color=_GREY)
+            axes.text(0.5, 0.5, 'not measured', transform=axes.transAxes, ha='center', va='center', color=GREY)
         axes.set_title(kind.capitalize(), fontsize=11, loc='left')
         axes.set_xlabel('epochs done')
         axes.set_ylabel(f'{kind}, %')
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-        axes.grid(True, color='#dddddd', linewidth=0.6)
-        axes.set_axisbelow(True)
-        for side in ('top', 'right'):
-            axes.spines[side].set_visible(False)
+        count_epochs(axes)
+        open_axes(axes)
         if curves:
             axes.legend(fontsize=9, frameon=False)
     sizes = ' and '.join(str(size) for size in dict.fromkeys(bank_sizes) if size is not None)
     figure.supxlabel(
         f"selected: {selection.describe()}{f' (K = {sizes})' if sizes else ''}; true: of the image's class",
         fontsize=9,
-        color=_GREY,
+        color=GREY,
     )
     if title:
         figure.suptitle(title, fontsize=12)
-    with atomic_write(path, 'wb') as file:
-        figure.savefig(file, format='png', dpi=120)
-    return True
+    return save_figure(figure, path)
 
 
 class TrackedRun(NamedTuple):

@@ -172,7 +172,7 @@ def test_each_run_has_its_colour_and_each_context_its_line(tmp_path, monkeypatch
     (['{a}', '{odd}'], ('RUN', 'odd', 'many')),
     (['{a}', '{a}/../a'], ('two of one name', '--names')),
     (['{a}', '--names', 'x', 'y'], ('--names', '2 names for 1 runs')),
-    (['{a}'] * 9, ('9 runs', 'at most 8')),
+    (['{a}'] * 9 + ['--names', *'abcdefghi'], ('9 runs', 'at most 8')),
     (['{a}', '--out', '{tmp}/c.jpg'], ('--out', '.png')),
     (['{a}', '--out', '{tmp}/no/c.png'], ('--out', 'no/c.png')),
 ))

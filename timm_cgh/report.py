@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from timm_cgh.arguments import Parser
 from timm_cgh.errors import InputError, blame
-from timm_cgh.figure import BLUE, GREEN, GREY, ORANGE, PINK, count_epochs, new_figure, open_axes, save_figure
+from timm_cgh.figure import (
+    BLUE, GREEN, GREY, ORANGE, PINK, count_epochs, new_figure, open_axes, plot_epochs, save_figure, say_not_measured)
 from timm_cgh.summary import read_rows
 
 __all__ = ['save_curves', 'save_runs']
@@ -51,25 +52,24 @@ def _curve(rows: Sequence[Mapping[str, Any]], column: str) -> Tuple[List[float],
     return epochs, values
 
 
-def _title(axes, title: str, ylabel: str = '') -> None:
+def _label(axes, title: str, ylabel: str = '') -> None:
     axes.set_title(title, fontsize=10, loc='left')
     axes.set_ylabel(ylabel)
     open_axes(axes)
     if not axes.get_lines():
-        axes.text(0.5, 0.5, 'not measured', transform=axes.transAxes, ha='center', va='center', color=GREY)
+        say_not_measured(axes)
 
 
-def _plot(axes, curve: Tuple[List[float], List[float]], **style) -> None:
-    epochs, values = curve
+def _plot(axes, rows: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
+    epochs, values = _curve(rows, column)
     if epochs:
-        marker = 'o' if len(epochs) < 16 else None  # a run of one epoch has a point, not a line
-        axes.plot(epochs, values, marker=marker, markersize=3.5, **style)
+        plot_epochs(axes, epochs, values, **style)
 
 
 def _draw(axes, rows: Sequence[Mapping[str, Any]], columns: Dict[str, tuple], title: str, ylabel: str = '') -> None:
     for column, (label, color, width) in columns.items():
-        _plot(axes, _curve(rows, column), label=label, color=color, linewidth=width)
-    _title(axes, title, ylabel)
+        _plot(axes, rows, column, label=label, color=color, linewidth=width)
+    _label(axes, title, ylabel)
 
 
 def save_curves(
@@ -136,21 +136,22 @@ def save_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Union[str, 
         False, and nothing is written, where matplotlib is not installed
 
     Raises:
+        InputError: more runs than there are colours that can be told apart; values that are no numbers
         OSError: the file cannot be written
-        ValueError: more runs than there are colours that can be told apart
     """
     if len(runs) > len(_RUN_COLORS):
-        raise ValueError(f'{len(runs)} runs, at most {len(_RUN_COLORS)} can be told apart')
+        raise InputError(f'RUN: {len(runs)} runs, at most {len(_RUN_COLORS)} can be told apart')
     figure = new_figure(10.5, 6.6)
     if figure is None:
         return False
     from matplotlib.lines import Line2D
     panels = figure.subplots(2, 2, sharex=True)
     for axes, (heading, unit, columns) in zip(panels.flat, _PANELS):
-        for rows, color in zip(runs.values(), _RUN_COLORS):
-            for column, style in zip(columns, ('-', '--')):
-                _plot(axes, _curve(rows, column), color=color, linewidth=1.6, linestyle=style)
-        _title(axes, heading, unit)
+        for (name, rows), color in zip(runs.items(), _RUN_COLORS):
+            with blame('RUN', name):
+                for column, style in zip(columns, ('-', '--')):
+                    _plot(axes, rows, column, color=color, linewidth=1.6, linestyle=style)
+        _label(axes, heading, unit)
         count_epochs(axes)
     panels[1, 1].set_ylim(0, 1.05)
     for axes in panels[1]:
@@ -168,8 +169,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     names = args.names or [os.path.basename(os.path.abspath(folder)) for folder in args.runs]
     if len(names) != len(args.runs):
         raise InputError(f"--names {' '.join(names)}: {len(names)} names for {len(args.runs)} runs")
-    if len(names) > len(_RUN_COLORS):
-        raise InputError(f'RUN: {len(names)} runs, at most {len(_RUN_COLORS)} can be told apart')
     if len(set(names)) != len(names):
         raise InputError(f"RUN {' '.join(args.runs)}: two of one name; tell them apart with --names")
     runs = {}
@@ -178,9 +177,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             runs[name] = read_rows(os.path.join(folder, 'summary.csv'))
             if not runs[name]:
                 raise ValueError('no folder of a run, it holds no summary.csv with an epoch in it')
-            for _, _, columns in _PANELS:
-                for column in columns:
-                    _curve(runs[name], column)  # as train.py writes it, or not
     if not args.out.lower().endswith('.png'):
         raise InputError(f'--out {args.out}: must end in .png')
     with blame('--out', args.out):

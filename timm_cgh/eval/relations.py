@@ -15,7 +15,9 @@ import yaml
 
 from timm_cgh.arguments import Parser
 from timm_cgh.errors import InputError, blame
-from timm_cgh.figure import BLUE, GREEN, GREY, ORANGE, PINK, count_epochs, new_figure, open_axes, save_figure
+from timm_cgh.figure import (
+    BLUE, GREEN, GREY, ORANGE, PINK, count_epochs, new_figure, open_axes, plot_epochs, save_figure, say_not_measured)
+from timm_cgh.summary import read_rows
 
 from .positives import (
     RelationCounts, RelationTracker, Selection, count_relations, relation_columns, selection_text)
@@ -74,10 +76,9 @@ def save_relations(
     for axes, kind in zip(figure.subplots(1, 2, sharex=True), ('recall', 'precision')):
         for curve, color in zip(curves, _COLORS):
             epochs, values = getattr(curve, kind)
-            marker = 'o' if len(epochs) < 16 else None  # a run of one epoch has a point, not a line
-            axes.plot(epochs, values, label=curve.label, color=color, linewidth=1.8, marker=marker, markersize=3.5)
+            plot_epochs(axes, epochs, values, label=curve.label, color=color, linewidth=1.8)
         if not any(getattr(curve, kind)[0] for curve in curves):
-            axes.text(0.5, 0.5, 'not measured', transform=axes.transAxes, ha='center', va='center', color=GREY)
+            say_not_measured(axes)
         axes.set_title(kind.capitalize(), fontsize=11, loc='left')
         axes.set_xlabel('epochs done')
         axes.set_ylabel(f'{kind}, %')
@@ -122,8 +123,7 @@ def read_run(folder: Union[str, Path], context: str, flag: str = 'RUN') -> Track
     try:
         with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
             args = yaml.safe_load(file)
-        with open(os.path.join(folder, 'summary.csv'), newline='', encoding='utf-8') as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(os.path.join(folder, 'summary.csv'))
         if not isinstance(args, dict):
             raise ValueError('args.yaml holds no options')
         curve = relation_curve(rows, context)

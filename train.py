@@ -36,9 +36,10 @@ from timm_cgh.files import atomic_write
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.optim import fill_momentum
 from timm_cgh.progress import Progress, StopRequest, peak_memory
+from timm_cgh.resume import check_same_place, open_run_folder, order_of, restore
 from timm_cgh.run import (
-    build_task, check_same_place, check_view_sizes, create_tracker, export_run, leave_files, open_run_folder, order_of,
-    restore, warn_if_collapsed)
+    all_unreadable, build_task, check_view_sizes, create_tracker, describe_run, export_run, leave_files,
+    warn_if_collapsed)
 from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
 from timm_cgh.summary import Boards, Summary
 from timm_cgh.task import PEERS, Meter, MomentumTask, RunSaver
@@ -408,12 +409,7 @@ def main(argv=None):
             yaml.safe_dump(given, file, default_flow_style=None, sort_keys=False)
         boards.open(folder, given, wandb=args.log_wandb, tensorboard=args.log_tensorboard)
 
-    method = f'{args.context} context' if args.method == 'cgh' else args.method
-    millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
-    _logger.info(
-        f'{args.model} ({millions:.2f} M parameters), {method}, {images} images of {img_size} '
-        f'px, {len(loader)} batches of {args.batch_size} x {args.world_size} an epoch, lr {args.lr:g}, bank '
-        f'{args.bank_size}, on {device} -> {folder}')
+    _logger.info(f'{describe_run(args, task, images, img_size, len(loader))} -> {folder}')
     if is_stream(dataset):
         _logger.info('A stream: the order of the images depends on the number of workers, and is not kept by --resume')
     _logger.info(f'kNN: {knn_why}')
@@ -476,10 +472,7 @@ def main(argv=None):
             boards.add(row)
 
     # ---- what the run leaves
-    if args.distributed:
-        names = [set()] * args.world_size
-        dist.all_gather_object(names, unreadable)
-        unreadable = set().union(*names)
+    unreadable = all_unreadable(unreadable)
     if primary:
         levels = {k: v for k, v in (('untrained', knn_before), ('raw pixels', pixels)) if v is not None}
         export()

@@ -4,16 +4,13 @@ import difflib
 import logging
 import math
 import os
-import tempfile
-from datetime import datetime
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.utils import NativeScaler
 from torch.utils.data import Dataset
 
 from timm_cgh.data import ViewSpec, is_stream, labels_of
@@ -22,14 +19,13 @@ from timm_cgh.eval import eval_crop_pct
 from timm_cgh.eval.relations import RelationTracker, Selection, relation_curve, save_relations
 from timm_cgh.hub import export_backbone, load_weights, plain_backbone
 from timm_cgh.models import create_backbone
-from timm_cgh.optim import load_optimizer
 from timm_cgh.report import save_curves
 from timm_cgh.summary import epochs_done
-from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task, newest_files, read_checkpoint, resume_path
+from timm_cgh.task import PEERS, CGHTask, MomentumTask, create_task
 
 __all__ = [
-    'build_task', 'check_same_place', 'check_view_sizes', 'create_tracker', 'export_run', 'leave_files',
-    'open_run_folder', 'order_of', 'restore', 'warn_if_collapsed',
+    'all_unreadable', 'build_task', 'check_view_sizes', 'create_tracker', 'describe_run', 'export_run', 'leave_files',
+    'warn_if_collapsed',
 ]
 
 _logger = logging.getLogger('train')
@@ -139,66 +135,22 @@ def create_tracker(args: argparse.Namespace, task: CGHTask, dataset: Dataset) ->
     return RelationTracker(selection, {'global': task.loss.temp_teacher, 'hyper': task.loss.temp_hyper_teacher})
 
 
-def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[str]]:
-    """Folder of the run, and the checkpoint to go on from, if any."""
-    if args.resume == 'auto' and not args.experiment:
-        raise InputError('--resume auto: say which run with --experiment NAME')
-    started = datetime.now().strftime('%Y%m%d-%H%M%S')
-    name = args.experiment or f"{started}-{args.model.replace('/', '_').replace(':', '_')}-{size}"
-    if dist.is_initialized():  # the clocks of two nodes may differ
-        names = [name]
-        dist.broadcast_object_list(names, src=0)
-        name, = names
-    folder = os.path.join(args.output, name)
-    resume = resume_path(args.resume, folder)
-    here = args.resume == 'auto' or (
-        bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
-    if not here and newest_files(folder):
-        raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f'--output {args.output}: cannot write to {folder} ({error.strerror})') from error
-    return folder, resume
+def describe_run(args: argparse.Namespace, task: MomentumTask, images: int, img_size: int, batches: int) -> str:
+    """What begins: model, method, images and settings, in one line."""
+    method = f'{args.context} context' if args.method == 'cgh' else args.method
+    millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
+    return (
+        f'{args.model} ({millions:.2f} M parameters), {method}, {images} images of {img_size} px, {batches} batches of '
+        f'{args.batch_size} x {args.world_size} an epoch, lr {args.lr:g}, bank {args.bank_size}, on {args.device}')
 
 
-def restore(
-        path: str,
-        args: argparse.Namespace,
-        task: MomentumTask,
-        optimizer: torch.optim.Optimizer,
-        scaler: Optional[NativeScaler] = None,
-) -> Dict[str, Any]:
-    """Load a checkpoint of a run into task, optimiser and scaler; gives its whole content.
-
-    Raises:
-        InputError: not such a file, or one of another model or method
-    """
-    state = read_checkpoint(path)
-    try:
-        task.load_checkpoint_state(state['state_dict'], state['task_state'])
-        load_optimizer(optimizer, state['optimizer'])
-        if scaler is not None and scaler.state_dict_key in state:
-            scaler.load_state_dict(state[scaler.state_dict_key])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split())[:160]
-        raise InputError(
-            f"--resume {path}: a checkpoint of '{state.get('arch')}' that does not fit --model {args.model} and the "
-            f'options of the method ({reason})') from error
-    return state
-
-
-def order_of(args: argparse.Namespace, steps: int) -> Dict[str, int]:
-    """What the order of the batches depends on: a checkpoint in the middle of an epoch holds for this order alone."""
-    return dict(
-        seed=args.seed,
-        steps=steps,
-        batch_size=args.batch_size,
-        world_size=args.world_size,
-        grad_accum_steps=args.grad_accum_steps,
-    )
+def all_unreadable(unreadable: Set[str]) -> Set[str]:
+    """Names of the images that any process passed over; in DDP, all must call."""
+    if not dist.is_initialized():
+        return unreadable
+    names: List[Set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(names, unreadable)
+    return set().union(*names)
 
 
 def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
@@ -214,21 +166,6 @@ def warn_if_collapsed(row: Dict[str, Any], bank_size: int) -> None:
                 f'The {name} target is flat over the bank (entropy {entropy:.2f}, at most {math.log(bank_size):.2f}): it '
                 f'tells the student nothing. A lower teacher temperature or a longer --contrast-warmup-epochs may '
                 f'help.')
-
-
-def check_same_place(resume: Optional[str], epoch: int, batch: int, device: torch.device) -> None:
-    """Refuse processes that would go on from different places: each reads the checkpoint from its own file system."""
-    if not dist.is_initialized():
-        return
-    place = torch.tensor([resume is not None, epoch, batch], device=device)
-    places = [torch.empty_like(place) for _ in range(dist.get_world_size())]
-    dist.all_gather(places, place)
-    for rank, other in enumerate(places):
-        if not torch.equal(other, places[0]):
-            where = [f'epoch {int(p[1])}, batch {int(p[2])}' if p[0] else 'no checkpoint' for p in (places[0], other)]
-            raise InputError(
-                f'--resume: process 0 finds {where[0]}, process {rank} {where[1]}; all nodes must see the same files, '
-                f'--output on a disk that they share')
 
 
 def export_run(

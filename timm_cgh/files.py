@@ -1,10 +1,13 @@
-"""Files that are whole or absent: written beside their name, then renamed into place."""
+"""Files that are whole or absent: written beside their name, then renamed into place; and folders to write them to."""
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Iterator, Union
 
-__all__ = ['atomic_path', 'atomic_write']
+from .errors import InputError
+
+__all__ = ['atomic_path', 'atomic_write', 'make_folder']
 
 
 @contextmanager
@@ -53,3 +56,21 @@ def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
         yield file
         file.flush()
         os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file under the good name
+
+
+def make_folder(folder: str, flag: str, value: str) -> None:
+    """Make a folder where there is none, and see that files can be written to it.
+
+    Args:
+        folder: to make, with its parents
+        flag, value: command line option that asks for it, and what it was set to
+
+    Raises:
+        InputError: it cannot be made or written to
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f'{flag} {value}: cannot write to {folder} ({error.strerror})') from error

@@ -1,7 +1,6 @@
 """Where a run of `train.py` starts: its folder, and the checkpoint that it goes on from."""
 import argparse
 import os
-import tempfile
 from datetime import datetime
 from typing import Any, Dict, Optional, Tuple
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from timm.utils import NativeScaler
 
 from timm_cgh.errors import InputError
+from timm_cgh.files import make_folder
 from timm_cgh.optim import load_optimizer
 from timm_cgh.task import MomentumTask, newest_files, read_checkpoint, resume_path
 
@@ -32,12 +32,7 @@ def open_run_folder(args: argparse.Namespace, size: int) -> Tuple[str, Optional[
         bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
     if not here and newest_files(folder):
         raise InputError(f'--experiment {name}: {folder} holds a run; --resume auto continues it, or take another name')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f'--output {args.output}: cannot write to {folder} ({error.strerror})') from error
+    make_folder(folder, '--output', args.output)
     return folder, resume
 
 

@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import os
-import tempfile
 from typing import Any, Dict, Iterator, Tuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from timm_cgh.data import (
     ImageSubset, class_numbers, data_name, image_mode, is_stream, labels_of, open_dataset)
 from timm_cgh.data.sources import find_split_folder
 from timm_cgh.errors import InputError, blame
-from timm_cgh.files import atomic_write
+from timm_cgh.files import atomic_write, make_folder
 
 from .backbone import load_backbone
 from .extract import extract_distributed
@@ -95,14 +94,8 @@ def init_run(args: argparse.Namespace) -> torch.device:
     results_folder = os.path.dirname(args.results_file) or '.' if args.results_file else None
     for flag, value, folder in (
             ('--output', args.output, args.output), ('--results-file', args.results_file, results_folder)):
-        if folder is None:
-            continue
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f'{flag} {value}: cannot write to {folder} ({error.strerror})') from error
+        if folder is not None:
+            make_folder(folder, flag, value)
     return device
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What CGH costs beside what it could cost: the step, the data path, both together, kNN.
+"""Cost of CGH relative to a lower bound or to other software: the step, the data path, both together, kNN.
 
     python benchmark.py step --model resnet18 --img-size 64 --batch-size 64 --bank-size 16384
-    python benchmark.py loss --batch-size 256                           # growth with the bank, beside its products
-    python benchmark.py processes --device cpu                          # two of one thread beside one of two
+    python benchmark.py loss --batch-size 256                           # growth with the bank, and that of its products
+    python benchmark.py processes --device cpu                          # one thread each, against one process of all
     python benchmark.py variants                                        # what predictor, stages, multi-crop cost
     python benchmark.py data --data-dir images/ --img-size 224          # folder, tar or hfds
     python benchmark.py e2e --data-dir images/ --model resnet50 --img-size 224 --batch-size 256 --workers 8
     python benchmark.py knn                                             # needs faiss-cpu
 
-What is compared is timed in turn in one process; the figure to quote is the median of the ratios.
+Things that are compared are timed in turn in one process; the figure to quote is the median of the ratios.
 """
 import argparse
 import json
@@ -17,68 +17,66 @@ import os
 import platform
 import sys
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as train.py and the eval scripts do, and for all that is compared
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # as in train.py and the eval scripts, for everything compared
 
 import timm
 import torch
 
+import benchmarks
 from timm_cgh.arguments import Parser, at_least_one, natural
-from timm_cgh.benchmark import (
-    benchmark_data, benchmark_e2e, benchmark_knn, benchmark_loss, benchmark_processes, benchmark_step,
-    benchmark_variants)
 
 COMMANDS = {
-    'step': benchmark_step,
-    'loss': benchmark_loss,
-    'processes': benchmark_processes,
-    'variants': benchmark_variants,
-    'data': benchmark_data,
-    'e2e': benchmark_e2e,
-    'knn': benchmark_knn,
+    'step': benchmarks.benchmark_step,
+    'loss': benchmarks.benchmark_loss,
+    'processes': benchmarks.benchmark_processes,
+    'variants': benchmarks.benchmark_variants,
+    'data': benchmarks.benchmark_data,
+    'e2e': benchmarks.benchmark_e2e,
+    'knn': benchmarks.benchmark_knn,
 }
 
 parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-commands = parser.add_subparsers(dest='what', required=True)
-for what, function in COMMANDS.items():
-    sub = commands.add_parser(what, description=function.__doc__)
+commands = parser.add_subparsers(dest='command', required=True)
+for command, function in COMMANDS.items():
+    sub = commands.add_parser(command, description=function.__doc__)
     sub.add_argument('--turns', type=at_least_one, default=7)
     sub.add_argument('--json', metavar='FILE')
-    if what == 'knn':
+    if command == 'knn':
         continue
-    on_images = what in ('data', 'e2e')
-    sub.add_argument('--batch-size', type=at_least_one, default=50 if what == 'data' else 64)
-    if what != 'loss':
+    on_images = command in ('data', 'e2e')
+    sub.add_argument('--batch-size', type=at_least_one, default=50 if command == 'data' else 64)
+    if command != 'loss':
         sub.add_argument('--img-size', type=at_least_one, default=224 if on_images else 64)
     if on_images:
         sub.add_argument('--data-dir', metavar='DIR', help='as in train.py')
         sub.add_argument('--dataset', metavar='NAME', default='', help='as in train.py')
         sub.add_argument('--split', metavar='NAME', default='train')
-    if what == 'data':
+    if command == 'data':
         sub.add_argument('--images', type=at_least_one, default=1000, help='per turn, at most')
         continue
-    sub.add_argument('--bank-size', type=at_least_one, default=131072 if what == 'loss' else 16384)
+    sub.add_argument('--bank-size', type=at_least_one, default=131072 if command == 'loss' else 16384)
     sub.add_argument('--repeats', type=at_least_one, default=5, help='steps per turn')
     sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    if what == 'loss':
+    if command == 'loss':
         sub.add_argument('--embed-dim', type=at_least_one, default=512)
         continue
     sub.add_argument('--model', default='resnet18')
-    if what != 'variants':
+    if command != 'variants':
         sub.add_argument('--context', default='cross')
     sub.add_argument('--amp', action='store_true', help='bfloat16')
     sub.add_argument('--channels-last', action='store_true')
     sub.add_argument('--torchcompile', action='store_true')
-    if what == 'step':
-        sub.add_argument('--parts', action='store_true', help='where the time beyond the floor goes')
-        sub.add_argument('--lightly', action='store_true', help="lightly's MoCo in the same run")
-    if what == 'e2e':
+    if command == 'step':
+        sub.add_argument('--parts', action='store_true', help='time of the parts beyond the floor')
+        sub.add_argument('--lightly', action='store_true', help="compare with lightly's MoCo")
+    if command == 'e2e':
         sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1))
         sub.add_argument('--lightly-train', nargs='*', default=[], choices=('simclr', 'dino', 'densecl'),
-                         help='methods of LightlyTrain on the same files (pip install lightly-train)')
+                         help='compare with these methods of LightlyTrain (pip install lightly-train)')
 
 
 def processor():
-    """Name of the CPU, as far as the system tells it."""
+    """Name of the CPU, if the system tells it."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
@@ -86,10 +84,9 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def main(argv=None):
-    args = parser.parse_args(argv)
+def measure(args):
     torch.backends.cuda.matmul.allow_tf32 = getattr(args, 'amp', False)  # as in train.py
-    result = COMMANDS[args.what](args)
+    result = COMMANDS[args.command](args)
     on_gpu = torch.device(getattr(args, 'device', 'cpu')).type == 'cuda'
     result.update(
         options=vars(args),
@@ -102,6 +99,11 @@ def main(argv=None):
         with open(args.json, 'w', encoding='utf-8') as file:
             json.dump(result, file, indent=2)
     return 0
+
+
+def main(argv=None):
+    args = parser.parse_args(argv)
+    return commands.choices[args.command].run(lambda _: measure(args))  # errors name the options of the subparser
 
 
 if __name__ == '__main__':

@@ -16,36 +16,35 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
 from safetensors.torch import save_file
-from timm import utils
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timm_cgh.arguments import Parser, at_least_one, natural, positive
+from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import read_or_another
-from timm_cgh.errors import InputError, blame
-from timm_cgh.eval import Pixels, eval_crop_pct
-from timm_cgh.eval.classifier import class_names
-from timm_cgh.eval.extract import block_indices, gather_rows
-from timm_cgh.eval.knn import best_knn, chunk_size, knn_predict, nearest_neighbors
-from timm_cgh.eval.pictures import save_class_accuracy, save_retrieval_grid
-from timm_cgh.eval.setup import (
-    add_common_arguments, check_classes, end_run, extract_distributed, init_run, load_backbone, open_labelled,
-    what_is_judged, write_results)
-from timm_cgh.files import atomic_path
+from timm_cgh.data.decode import read_or_substitute
+from timm_cgh.distributed import end_process
+from timm_cgh.errors import InputError, checking
+from timm_cgh.eval import FeatureExtractor, Pixels, best_knn
+from timm_cgh.eval.backbone import load_backbone
+from timm_cgh.eval.datasets import open_labelled_datasets
+from timm_cgh.eval.knn import knn_predict_distributed, nearest_neighbors
+from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
+from timm_cgh.eval.start import start_evaluation
+from timm_cgh.files import atomic_path, make_folder
+from timm_cgh.plots.evaluation import save_class_accuracy, save_retrieval_grid
 
 _logger = logging.getLogger('eval')
 DEFAULT_KS = (10, 20, 100, 200)  # the best is reported
 
 parser = Parser(description='kNN classification with the features of a backbone')
-add_common_arguments(parser)
+add_evaluation_arguments(parser)
 group = parser.add_argument_group('kNN')
 group.add_argument('--k', nargs='+', type=at_least_one, metavar='K',
-                   help=f"neighbours; default those of {', '.join(map(str, DEFAULT_KS))} that the data set has")
+                   help=f"neighbours; default: {', '.join(map(str, DEFAULT_KS))}, up to the number of training images")
 group.add_argument('--temperature', type=positive, default=0.07, metavar='T', help='of the vote')
 group.add_argument('--pixels', action='store_true',
-                   help="raw pixels (at most 32 x 32, of --model's size) in place of features: the level to beat")
+                   help="raw pixels (at most 32 x 32, of --model's size) instead of features, as a baseline")
 group.add_argument('--save-features', metavar='DIR', help='write the feature matrices there (safetensors)')
-group.add_argument('--queries', type=natural, default=8, metavar='N', help='rows of the retrieval picture in --output')
+group.add_argument('--queries', type=natural, default=8, metavar='N', help='rows of the retrieval plot in --output')
 
 
 def choose_ks(ks, images):
@@ -53,121 +52,103 @@ def choose_ks(ks, images):
     if ks is None:
         return [k for k in DEFAULT_KS if k <= images] or [images]
     if max(ks) > images:
-        raise InputError(f'--k {max(ks)}: there are only {images} training images')
+        raise InputError(f'k={max(ks)}: there are only {images} training images')
     return sorted(set(ks))
+
+
+def choose_backbone(args):
+    """The backbone, or raw pixels of the size that it takes."""
+    if not args.pixels:
+        return load_backbone(**arguments_of(load_backbone, args))
+    if args.checkpoint:
+        raise InputError('pixels: use no weights, not with `checkpoint`')
+    args.no_pretrained = True
+    backbone = load_backbone(**arguments_of(load_backbone, args))
+    return backbone._replace(
+        model=Pixels(backbone.data_config['mean'], backbone.data_config['std']), weights='pixels')
 
 
 def save_features(folder, names, **splits):
     """`<split>.safetensors` of `features` (N, D) float32 and `labels` (N,) int64."""
-    with blame('--save-features', folder):
-        os.makedirs(folder, exist_ok=True)
-        for split, (features, labels) in splits.items():
-            with atomic_path(os.path.join(folder, f'{split}.safetensors')) as path:
-                save_file(
-                    dict(features=features.contiguous(), labels=labels),
-                    path,
-                    metadata=dict(class_names=json.dumps(names)) if names else None,
-                )
+    metadata = dict(class_names=json.dumps(names)) if names else None
+    for split, (features, labels) in splits.items():
+        path = os.path.join(folder, f'{split}.safetensors')
+        with checking('save_features', folder, OSError), atomic_path(path) as temporary:
+            save_file(dict(features=features.contiguous(), labels=labels), temporary, metadata)
 
 
-def save_retrieval(args, train_set, val_set, train, val, names):
-    """Picture of some queries, drawn by the seed, and their nearest neighbours."""
-    count = min(args.queries, len(val_set))
-    queries = torch.randperm(len(val_set), generator=torch.Generator().manual_seed(args.seed))[:count].sort().values
-    neighbours = nearest_neighbors(train[0], val[0][queries], min(9, len(train_set)))
+def save_retrieval(args, data, in_chans, train_features, val_features):
+    """Plot some queries, drawn by the seed, and their nearest neighbours."""
+    count = min(args.queries, len(data.val))
+    queries = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(args.seed))[:count].sort().values
+    neighbours = nearest_neighbors(train_features, val_features[queries], min(9, len(data.train)))
 
-    def item(dataset, index, wanted=None):
-        image, label, _ = read_or_another(dataset, int(index), image_mode(args.in_chans))
+    def read(dataset, index):
+        image, label, _ = read_or_substitute(dataset, int(index), image_mode(in_chans))
         image.thumbnail((160, 160))
-        return image, names[label] if names else str(label), label == wanted
+        return image, label
 
     rows = []
     for query, found in zip(queries, neighbours):
-        label = int(val[1][query])
-        rows.append([item(val_set, query, label), *(item(train_set, index, label) for index in found)])
+        images = [read(data.val, query), *(read(data.train, index) for index in found)]
+        names = [data.class_names[label] if data.class_names else str(label) for _, label in images]
+        rows.append([(image, name, label == images[0][1]) for (image, label), name in zip(images, names)])
     save_retrieval_grid(rows, os.path.join(args.output, 'retrieval.png'))
 
 
 def main(argv=None):
     args = parser.parse(argv)
-    device = init_run(args)
-    primary = utils.is_primary(args)
+    process = start_evaluation(**arguments_of(start_evaluation, args))
     if args.save_features:
-        with blame('--save-features', args.save_features):
-            os.makedirs(args.save_features, exist_ok=True)
+        make_folder(args.save_features, 'save_features', args.save_features)
 
-    # ---- backbone, data, features
-    if args.pixels:
-        if args.checkpoint:
-            raise InputError('--pixels: no weights are asked for, not with --checkpoint')
-        args.no_pretrained = True
-    backbone, data_config = load_backbone(args)
-    if args.pixels:
-        backbone = Pixels(data_config['mean'], data_config['std'])
-    train_set, val_set = open_labelled(args, args.train_split), open_labelled(args, args.val_split)
-    num_classes = check_classes(train_set, val_set)
-    names = class_names(train_set, num_classes)
-    ks = choose_ks(args.k, len(train_set))
-    if primary:
-        what = 'raw pixels' if args.pixels else args.model
-        _logger.info(
-            f'{what}: {len(train_set)} images of {num_classes} classes, {len(val_set)} to judge by, on {device}')
+    backbone = choose_backbone(args)
+    data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
+    ks = choose_ks(args.k, len(data.train))
+    _logger.info(
+        f"{'raw pixels' if args.pixels else backbone.name}: {len(data.train)} training images of {data.num_classes} "
+        f'classes, {len(data.val)} validation images, on {process.device}')
+
     began = time.monotonic()
-    backbone.to(device).to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
+    model = extractor.prepare(backbone.model)
     with logging_redirect_tqdm():
-        train, val = (extract_distributed(backbone, part, data_config, args, device) for part in (train_set, val_set))
+        train, val = extractor(model, data.train), extractor(model, data.val)
     extracted = time.monotonic()
-    if args.save_features and primary:
-        save_features(args.save_features, names, train=train, validation=val)
+    if args.save_features and process.primary:
+        save_features(args.save_features, data.class_names, train=train, validation=val)
 
-    # ---- votes: each process judges whole chunks of queries, so that predictions do not depend on their number
-    chunk = chunk_size(len(train[0]))
-    mine = block_indices(len(val[0]), chunk, args.rank, args.world_size)
-    with blame('--model', args.model):  # features that are not finite
-        predictions = knn_predict(
-            train[0].to(device), train[1], val[0][mine], ks=ks, temperature=args.temperature, chunk=chunk)
-    predictions = {k: gather_rows(p, len(val[0]), chunk, device) for k, p in predictions.items()}
-    if not primary:
-        return end_run(args)
-    accuracy = {k: 100 * (p == val[1]).double().mean().item() for k, p in predictions.items()}
+    with checking('model', backbone.name, ValueError):  # features that are not finite
+        predictions = knn_predict_distributed(*train, val[0], process, ks, args.temperature)
+    labels = val[1]
+    accuracy = {k: 100 * (predicted == labels).double().mean().item() for k, predicted in predictions.items()}
     best, top1 = best_knn(accuracy)
     for k, value in accuracy.items():
         _logger.info(f"k {k}: top-1 {value:.3f} %{' (best)' if k == best else ''}")
 
-    # ---- what it comes to
-    if args.output:
-        with blame('--output', args.output):
-            save_class_accuracy(val[1], predictions[best], os.path.join(args.output, 'classes.png'), names)
-            if args.queries:
-                save_retrieval(args, train_set, val_set, train, val, names)
-    size = data_config['input_size'][-1]
-    judged = what_is_judged(args)
-    if args.pixels:
-        judged['weights'] = 'pixels'
-    write_results(args, dict(
-        **judged,
-        protocol='knn',
-        top1=round(top1, 4),
-        top1_err=round(100 - top1, 4),
-        k=best,
-        knn={str(k): round(value, 4) for k, value in accuracy.items()},
-        temperature=args.temperature,
-        num_classes=num_classes,
-        num_features=train[0].shape[1],
-        train_images=len(train[1]),
-        val_images=len(val[1]),
-        img_size=size,
-        crop_pct=eval_crop_pct(size),
-        interpolation=data_config['interpolation'],
-        feature_seconds=round(extracted - began, 1),
-        seconds=round(time.monotonic() - began, 1),
-    ))
-    return end_run(args)
-
-
-def cli(argv=None):
-    return parser.run(main, argv)
+    if process.primary:
+        if args.output:
+            with checking('output', args.output, OSError):
+                save_class_accuracy(
+                    labels, predictions[best], os.path.join(args.output, 'classes.png'), data.class_names)
+                if args.queries:
+                    save_retrieval(args, data, backbone.data_config['input_size'][0], train[0], val[0])
+        write_results(dict(
+            **describe_model(backbone, args.dataset, args.data_dir, args.val_split),
+            protocol='knn',
+            **describe_accuracy(top1),
+            k=best,
+            knn={str(k): round(value, 4) for k, value in accuracy.items()},
+            temperature=args.temperature,
+            num_features=train[0].shape[1],
+            **describe_images(backbone.data_config, data.num_classes, len(data.train), len(data.val)),
+            feature_seconds=round(extracted - began, 1),
+            seconds=round(time.monotonic() - began, 1),
+        ), args.results_file)
+    end_process(process)
+    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(cli())
+    sys.exit(parser.run(main))

@@ -5,44 +5,39 @@
     python train.py --data-dir images/ --model resnet50 --epochs 200
     torchrun --nproc_per_node 8 train.py --config my.yaml --data-dir imagenet/
 """
-import argparse
 import contextlib
 import logging
 import math
 import os
-import signal
 import sys
-from typing import Iterable, NamedTuple, Optional, Set
 
 # On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
-import torch.distributed as dist
-import yaml
 from timm import utils
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.scheduler.scheduler import Scheduler
+from timm.optim import optimizer_kwargs
+from timm.scheduler import scheduler_kwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
+from timm_cgh.arguments import Parser, arguments_of, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.data import (
-    Batch, ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_eval_datasets)
-from timm_cgh.errors import blame
-from timm_cgh.eval.monitor import KnnMonitor
-from timm_cgh.eval.relations import RelationTracker, relation_columns, selection_text
-from timm_cgh.files import atomic_write
+    ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_knn_datasets)
+from timm_cgh.distributed import end_process, init_process
+from timm_cgh.eval.features import FeatureExtractor
+from timm_cgh.files import make_folder
 from timm_cgh.loss import CONTEXTS
-from timm_cgh.optim import fill_momentum
-from timm_cgh.progress import Progress, StopRequest, peak_memory
-from timm_cgh.resume import check_same_place, open_run_folder, order_of, restore
-from timm_cgh.run import (
-    all_unreadable, build_task, check_view_sizes, create_tracker, describe_run, export_run, leave_files,
-    warn_if_collapsed)
-from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
-from timm_cgh.summary import Boards, Summary
-from timm_cgh.task import PEERS, Meter, MomentumTask, RunSaver
+from timm_cgh.models.backbone import resolve_data_config
+from timm_cgh.task import BASELINES
+from timm_cgh.task.positives import Selection
+from timm_cgh.train.build import (
+    build_backbone, build_optimizer, build_scheduler, build_task, build_tracker, check_views)
+from timm_cgh.train.monitor import KnnMonitor
+from timm_cgh.train.outputs import describe_run
+from timm_cgh.train.resume import check_ranks_agree, find_run
+from timm_cgh.train.run import Run
+from timm_cgh.train.settings import choose_views, settle, task_options
+from timm_cgh.train.stop import StopRequest
 
 _logger = logging.getLogger('train')
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'digits.yaml')
@@ -78,11 +73,11 @@ group.add_argument('--std', nargs='+', type=positive, metavar='X')
 group.add_argument('--drop-path', type=fraction, metavar='RATE', help='stochastic depth of the student')
 group.add_argument('--grad-checkpointing', action='store_true')
 
-group = parser.add_argument_group('Method (defaults: paper Sec. 4.1 and the authors\' code)')
-group.add_argument('--method', choices=('cgh', 'moco', *PEERS), default='cgh',
+group = parser.add_argument_group("Method (defaults: paper Sec. 4.1 and the authors' code)")
+group.add_argument('--method', choices=('cgh', 'moco', *BASELINES), default='cgh',
                    help='moco: MoCo-v2, InfoNCE alone; the others for comparison, by the lightly library')
 group.add_argument('--method-kwargs', nargs='*', default={}, action=utils.ParseKwargs, metavar='KEY=VALUE',
-                   help="of the lightly methods: prototypes, temperature")
+                   help='of the lightly methods: prototypes, temperature')
 group.add_argument('--context', choices=CONTEXTS, default='cross', help='cross: CGH; same; global: ReSSL (Tab. 5)')
 group.add_argument('--out-indices', nargs='+', type=int, metavar='I', help='hypercolumn stages; default the last two')
 group.add_argument('--hidden-dim', type=at_least_one, default=4096, metavar='N', help='hidden width of the projectors')
@@ -162,7 +157,7 @@ group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
                    help='batches between recovery checkpoints, 0 for none')
 group.add_argument('--knn-interval', type=natural, default=5, metavar='N', help='epochs between kNN checks, 0 for none')
 group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N', help='at most, on either side of kNN')
-group.add_argument('--track-relations', type=selection_text, nargs='?', const='10/K', metavar='THRESHOLD',
+group.add_argument('--track-relations', type=Selection.normalize, nargs='?', const='10/K', metavar='THRESHOLD',
                    help="recall and precision of the teacher's positives (Fig. 2), for one batch per --log-interval: "
                         'where its probability is at least 10/K (default), or the top20; wants labelled images')
 group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
@@ -176,325 +171,172 @@ group.add_argument('--channels-last', action='store_true')
 group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
 
 
-class Parts(NamedTuple):
-    """What every epoch needs."""
-    task: MomentumTask
-    loader: Iterable[Batch]
-    to_device: ViewsToDevice
-    optimizer: torch.optim.Optimizer
-    scheduler: Optional[Scheduler]
-    scaler: Optional[utils.NativeScaler]
-    saver: RunSaver
-    stop: StopRequest
-    unreadable: Set[str]
-    tracker: Optional[RelationTracker]
+def parse(argv=None):
+    """The options; those of the embedded digits where neither data nor a configuration is given."""
+    return parser.parse(
+        argv,
+        default_config=DEFAULT_CONFIG,
+        wants_default=lambda args: not args.config and not args.data_dir and not args.dataset,
+    )
 
 
-def train_one_epoch(args, parts, epoch, start, meter, knn):
-    """Train from batch `start` on.
-
-    Returns:
-        images per second, or None after a request to stop: the state is saved then
-
-    Raises:
-        FloatingPointError: the loss is not finite
-    """
-    task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker = parts
-    steps, accum = len(loader), args.grad_accum_steps
+def train_one_epoch(args, run, epoch):
+    """Train from where the run stands to the end of the epoch, or until the run must stop."""
+    task, optimizer, scaler = run.task, run.optimizer, run.scaler
+    device_type, amp_dtype = run.process.device.type, getattr(torch, args.amp_dtype)
+    parameters = list(task.student.parameters())
     task.train()
-    loader.set_epoch(epoch, start)
-    progress = Progress(
-        epoch, args.epochs, start, steps, args.batch_size * args.world_size, silent=not utils.is_primary(args))
-
-    def means():
-        values = meter.read()
-        if not math.isfinite(values['loss']):
-            raise FloatingPointError
-        return values
-
-    def save_recovery(done):
-        means()  # never over a good checkpoint with a broken state
-        if utils.is_primary(args):
-            saver.progress.update(epoch=epoch, batch=done, knn=knn, meter=meter.state_dict())
-            saver.save_recovery(epoch, done)
-
-    for i, (batch, views) in enumerate(to_device.prefetch(loader), start=start):
-        for name in batch.unreadable:
-            if name not in unreadable:
-                unreadable.add(name)
-                _logger.warning(f'Unreadable image passed over: {name} ({len(unreadable)} so far)')
-        # The model's own randomness (dropout, stochastic depth) by step and process: a resumed run draws what the
-        # uninterrupted one would have.
-        torch.manual_seed(hash((args.seed, epoch * steps + i, args.rank)))
-        group_start = i // accum * accum
-        group_size = min(accum, steps - group_start)
-        update = i + 1 == group_start + group_size
-        with contextlib.nullcontext() if update else task.no_sync():
-            with torch.autocast(to_device.device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp):
-                measured = (i + 1) % args.log_interval == 0 or i + 1 == steps
-                result = task(views, batch.target, observe=tracker if measured else None)
-            loss = result['loss'] / group_size
+    for step in run.steps(epoch):
+        with contextlib.nullcontext() if step.update else task.no_sync():
+            with torch.autocast(device_type, dtype=amp_dtype, enabled=args.amp):
+                result = task(step.views, step.target, observe=run.tracker if step.logged else None)
+            loss = result['loss'] / step.group_size
             if scaler is not None:
-                parameters = list(task.student.parameters())
-                scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
+                scaler(loss, optimizer, args.clip_grad, args.clip_mode, parameters, need_update=step.update)
             else:
                 loss.backward()
-        if update:
+        if step.update:
             if scaler is None:
                 if args.clip_grad is not None:
-                    utils.dispatch_clip_grad(list(task.student.parameters()), args.clip_grad, mode=args.clip_mode)
+                    utils.dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
                 optimizer.step()
             optimizer.zero_grad()
             task.update_ema(step=task.num_updates + 1)
-            if scheduler is not None:
-                scheduler.step_update(task.num_updates)
-        meter.update(result)
-
-        done = i + 1
-        progress.bar.update()
-        if done % args.log_interval == 0 or done == steps:
-            progress.report(done, means()['loss'], optimizer.param_groups[0]['lr'], knn)
-        if update and done < steps:
-            if stop.due(args.log_interval) and stop.agreed(to_device.device):
-                save_recovery(done)
-                progress.bar.close()
-                return None
-            if args.recovery_interval and done % args.recovery_interval < group_size:
-                save_recovery(done)
-    progress.bar.close()
-    return progress.images_per_second(steps)
+            if run.scheduler is not None:
+                run.scheduler.step_update(task.num_updates)
+        if not run.record(step, result):
+            break
 
 
-def main(argv=None):
-    args = parser.parse(
-        argv,
-        default_config=DEFAULT_CONFIG,
-        wants_default=lambda a: not a.config and not a.data_dir and not a.dataset,
-    )
+def start_process(args):
+    """Logging, device, process group, seeds."""
     utils.setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
-    given = dict(vars(args))
-    with blame('--device', args.device):
-        device = utils.init_distributed_device(args)
-    primary = utils.is_primary(args)
-    _logger.setLevel(logging.INFO if primary else logging.WARNING)
+    process = init_process(args.device, args.seed)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = args.amp  # relation loss: within 1e-3, its sums in float32
     if args.config == DEFAULT_CONFIG:
         _logger.info(
             "No --data-dir and no --dataset: training on scikit-learn's 1,797 handwritten digits (configs/digits.yaml)")
-    utils.random_seed(args.seed)  # the same start on all processes
+    return process
 
-    # ---- data set, task, views
-    source = dict(
-        in_chans=args.in_chans,
-        class_map=args.class_map,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        download=args.dataset_download,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
-    dataset = open_dataset(
-        args.dataset,
-        args.data_dir,
-        args.train_split,
-        is_training=True,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_samples=args.num_samples,
-        **source,
-    )
-    images = num_images(dataset)
-    choose_settings(args, images)
-    task, model_kwargs = build_task(args)
-    tracker = create_tracker(args, task, dataset)
-    data_config = resolve_data_config(args, task.student.backbone.pretrained_cfg)
-    img_size = data_config['input_size'][-1]
-    views = choose_views(args, img_size)
-    check_view_sizes(task, views, args.in_chans)
-    folder, resume = open_run_folder(args, img_size)
-    loader = create_view_loader(
+
+def build_loader(args, dataset, views, process):
+    """Loader of the training views."""
+    if is_stream(dataset):
+        _logger.info('A stream: the order of the images depends on --workers and is not restored by --resume')
+    return create_view_loader(
         dataset,
         views,
         batch_size=args.batch_size,
         seed=args.seed,
         mode=image_mode(args.in_chans),
         workers=args.workers,
-        rank=args.rank,
-        world_size=args.world_size,
-        pin_memory=device.type == 'cuda' and not args.no_pin_mem,
+        rank=process.rank,
+        world_size=process.world_size,
+        pin_memory=process.device.type == 'cuda' and not args.no_pin_mem,
     )
-    to_device = ViewsToDevice(data_config['mean'], data_config['std'], device)
-    monitor, knn_why = None, 'switched off (--knn-interval 0)'
-    if args.knn_interval:
-        sets, knn_why = open_eval_datasets(
-            args.dataset,
-            args.data_dir,
-            args.train_split,
-            args.val_split,
-            max_images=args.knn_images,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            train=None if is_stream(dataset) else dataset,
-            **source,
-        )
-        if sets is not None:
-            monitor = KnnMonitor(*sets, data_config, args, device)
 
-    # ---- optimisation; order matters: device and layout, compile, DDP
-    updates = math.ceil(len(loader) / args.grad_accum_steps)
+
+def build_monitor(args, dataset, data_config, process):
+    """kNN evaluation along training, None where it is switched off or no images are labelled."""
+    if not args.knn_interval:
+        _logger.info('kNN: switched off (--knn-interval 0)')
+        return None
+    source = {**arguments_of(open_knn_datasets, args), **arguments_of(open_dataset, args)}
+    train = None if is_stream(dataset) else dataset
+    sets, description = open_knn_datasets(**source, max_images=args.knn_images, train=train)
+    _logger.info(f'kNN: {description}')
+    if sets is None:
+        return None
+    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    return KnnMonitor(*sets, FeatureExtractor(
+        data_config,
+        process,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        amp_dtype=amp_dtype,
+        channels_last=args.channels_last,
+    ))
+
+
+def prepare_optimization(args, task, steps, process):
+    """Move the task to its device; optimiser, schedule and gradient scaler. The order of these steps matters."""
+    updates_per_epoch = math.ceil(steps / args.grad_accum_steps)
     if args.contrast_warmup_epochs:
-        task.contrast_warmup = round(args.contrast_warmup_epochs * updates)
-    task.to(device)
+        task.contrast_warmup = round(args.contrast_warmup_epochs * updates_per_epoch)
+    task.to(process.device)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.sync_bn:
         task.convert_sync_batchnorm()
-    with blame('--opt', args.opt):
-        options = optimizer_kwargs(cfg=args)
-        if args.opt in ('momentum', 'sgd', 'adam', 'adamw') and not options.get('foreach'):
-            options.setdefault('fused', True)  # torch's own: one pass over the parameters, on any device
-        optimizer = create_optimizer_v2(task.student, filter_bias_and_bn=args.no_decay_norm_bias, **options)
-        fill_momentum(optimizer)
-    schedule = scheduler_kwargs(args)
-    schedule.update(
-        num_epochs=args.epochs - args.warmup_epochs,  # the stated epochs hold the warm-up, which timm would add
-        warmup_prefix=True,
-        decay_milestones=[max(0, epoch - args.warmup_epochs) for epoch in args.decay_milestones],
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
-    with blame('--sched', args.sched):
-        scheduler, _ = create_scheduler_v2(optimizer, **schedule)
-    scaler = utils.NativeScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
-
+    optimizer = build_optimizer(task.student, args.no_decay_norm_bias, **optimizer_kwargs(cfg=args))
+    scheduler = build_scheduler(optimizer, scheduler_kwargs(args), args.epochs, updates_per_epoch)
+    scaler = utils.NativeScaler(process.device.type) if args.amp and args.amp_dtype == 'float16' else None
     if args.torchcompile:
-        with blame('--torchcompile', args.torchcompile):
-            task.compile(backend=args.torchcompile)
-
-    # ---- where to start
-    start_epoch, start_batch, meter, knn, knn_before = 0, 0, Meter(), None, None
-    saver = RunSaver(
-        task,
-        optimizer=optimizer,
-        args=argparse.Namespace(**given),
-        amp_scaler=scaler,
-        checkpoint_dir=folder,
-        recovery_dir=folder,
-        max_history=args.checkpoint_hist,
-    )
-    if resume:
-        state = restore(resume, args, task, optimizer, scaler)
-        place = state['progress']
-        start_epoch, start_batch, knn, knn_before = (place[k] for k in ('epoch', 'batch', 'knn', 'knn_before'))
-        if start_batch and place['order'] != order_of(args, len(loader)):
-            _logger.warning(f'{resume} was saved with another order of the images: epoch {start_epoch} starts over')
-            start_batch = 0
-        # schedules go by the place in the run, whatever number of updates an epoch had before
-        task.num_updates = start_epoch * updates + start_batch // args.grad_accum_steps
-        if start_batch:
-            meter.load_state_dict(place['meter'], device)
-        if primary and os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder):
-            saver.restore(state, resume)
-        _logger.info(f'Resumed {resume} at epoch {start_epoch}, batch {start_batch}')
-    check_same_place(resume, start_epoch, start_batch, device)
-    if args.distributed:
-        task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None)
-    if scheduler is not None:
-        scheduler.step_update(task.num_updates)
-    summary = Summary(os.path.join(folder, 'summary.csv'), start_epoch)
-    boards = Boards()
-    if primary:
-        with atomic_write(os.path.join(folder, 'args.yaml')) as file:
-            yaml.safe_dump(given, file, default_flow_style=None, sort_keys=False)
-        boards.open(folder, given, wandb=args.log_wandb, tensorboard=args.log_tensorboard)
-
-    _logger.info(f'{describe_run(args, task, images, img_size, len(loader))} -> {folder}')
-    if is_stream(dataset):
-        _logger.info('A stream: the order of the images depends on the number of workers, and is not kept by --resume')
-    _logger.info(f'kNN: {knn_why}')
-
-    pixels = None
-    if monitor is not None:
-        pixels = monitor.pixels()
-        if start_epoch == start_batch == 0:
-            knn = knn_before = monitor(task.student.backbone)
-        if primary:
-            untrained = '' if knn_before is None else f', of the backbone before training {knn_before:.2f} %'
-            _logger.info(f'kNN top-1 of the raw pixels {pixels:.2f} %{untrained}')
-    saver.progress = dict(epoch=0, batch=0, knn=knn, knn_before=knn_before, order=order_of(args, len(loader)),
-                          bank_size=args.bank_size)
-
-    def export():
-        export_run(args, folder, task, summary.rows, data_config, model_kwargs)
-
-    # ---- training
-    stop, unreadable, finished = StopRequest(), set(), True
-    parts = Parts(task, loader, to_device, optimizer, scheduler, scaler, saver, stop, unreadable, tracker)
-    with logging_redirect_tqdm():
-        for epoch in range(start_epoch, args.epochs):
-            if epoch > start_epoch and stop.agreed(device):
-                finished = False
-                break
-            try:
-                rate = train_one_epoch(args, parts, epoch, start_batch, meter, knn)
-            except FloatingPointError:
-                _logger.error(
-                    f'The loss is not finite in epoch {epoch}: stopped. The last good state is in {folder}; a lower '
-                    f'--lr, --clip-grad 1 or --amp-dtype bfloat16 may help.')
-                return 1
-            if rate is None:
-                finished = False
-                break
-            last = epoch + 1 == args.epochs
-            due = monitor is not None and ((epoch + 1) % args.knn_interval == 0 or last)
-            knn_now = monitor(task.student.backbone) if due else None
-            knn = knn if knn_now is None else knn_now
-            means = relation_columns(meter.read())
-            meter, start_batch = Meter(), 0
-            if not primary:
-                continue
-            row = {'epoch': epoch, **{f'train_{k}': v for k, v in means.items()}, 'train_images_per_s': round(rate, 1)}
-            if math.isfinite(memory := peak_memory(device)):
-                row['train_peak_memory_mib'] = round(memory)
-            if knn_now is not None:
-                row['eval_knn'] = round(knn_now, 3)
-            row['lr'] = optimizer.param_groups[0]['lr']
-            if epoch + 1 > max(args.warmup_epochs, args.contrast_warmup_epochs):
-                warn_if_collapsed(row, args.bank_size)
-            summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
-            saver.progress.update(epoch=epoch + 1, batch=0, knn=knn, meter=None)
-            saver.save_checkpoint(epoch, metric=knn_now)
-            if not last:  # before it goes on: whoever takes the backbone of a running or a killed run takes the newest
-                export()
-            averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
-            _logger.info(f"epoch {epoch}: {averages}{'' if knn_now is None else f', kNN {knn_now:.2f} %'}")
-            boards.add(row)
-
-    # ---- what the run leaves
-    unreadable = all_unreadable(unreadable)
-    if primary:
-        levels = {k: v for k, v in (('untrained', knn_before), ('raw pixels', pixels)) if v is not None}
-        export()
-        files = leave_files(args, folder, task, summary.rows, levels, tracker)
-        if not finished:
-            name = signal.Signals(stop.signum).name
-            _logger.info(f'Stopped by {name}; state saved, --resume auto continues {folder}')
-        elif knn_before is not None and pixels is not None:
-            _logger.info(f'kNN top-1: {knn_before:.2f} % before, {knn:.2f} % after training; raw pixels {pixels:.2f} %')
-        if unreadable:
-            _logger.warning(f'{len(unreadable)} unreadable images were passed over')
-        _logger.info(f"Files in {folder}: {', '.join(files)}")
-        exported = os.path.join(folder, 'export')
-        _logger.info(f"Load the backbone: timm.create_model('local-dir:{exported}', pretrained=True)")
-    if args.distributed:
-        dist.destroy_process_group()
-    return 0 if finished else 128 + stop.signum
+        task.compile(backend=args.torchcompile)
+    return optimizer, scheduler, scaler
 
 
-def cli(argv=None):
-    return parser.run(main, argv)
+def main(argv=None):
+    args = parse(argv)
+    given = dict(vars(args))
+    with StopRequest() as stop:
+        process = start_process(args)
+        dataset = open_dataset(
+            **arguments_of(open_dataset, args), split=args.train_split, is_training=True)
+        backbone = build_backbone(**arguments_of(build_backbone, args))
+        data_config = resolve_data_config(
+            backbone.module.pretrained_cfg, interpolation=args.train_interpolation,
+            **arguments_of(resolve_data_config, args))
+        img_size = data_config['input_size'][-1]
+        name = f"{args.model.replace('/', '_').replace(':', '_')}-{img_size}"
+        folder, point = find_run(args.output, args.experiment, args.resume, name)
+        settle(args, num_images(dataset), process.world_size, point and point.progress.get('bank_size'))
+
+        task = build_task(backbone.module, method_kwargs=args.method_kwargs, **task_options(args))
+        views = choose_views(args, img_size)
+        check_views(task, views, args.in_chans)
+        tracker = build_tracker(args.track_relations, task, dataset)
+        loader = build_loader(args, dataset, views, process)
+        monitor = build_monitor(args, dataset, data_config, process)
+        optimizer, scheduler, scaler = prepare_optimization(args, task, len(loader), process)
+
+        make_folder(folder, 'output', args.output)
+        run = Run(
+            given=given,
+            settings=args,
+            folder=folder,
+            process=process,
+            stop=stop,
+            backbone=backbone,
+            task=task,
+            loader=loader,
+            to_device=ViewsToDevice(data_config['mean'], data_config['std'], process.device),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            data_config=data_config,
+            monitor=monitor,
+            tracker=tracker,
+        )
+        run.resume(point)
+        check_ranks_agree(point)
+        if process.distributed:
+            task.prepare_distributed(device_ids=[process.device] if process.device.type == 'cuda' else None)
+        _logger.info(
+            f'{describe_run(task, args.model, args.method, args.context)}, {num_images(dataset)} images of {img_size} '
+            f'px, {len(loader)} batches of {args.batch_size} x {process.world_size} an epoch, lr {args.lr:g}, bank '
+            f'{args.bank_size}, on {args.device} -> {folder}')
+        run.begin()
+        with logging_redirect_tqdm():
+            for epoch in run.epochs_left():
+                train_one_epoch(args, run, epoch)
+                run.end_epoch()
+        exit_code = run.finish()
+    end_process(process)
+    return exit_code
 
 
 if __name__ == '__main__':
-    sys.exit(cli())
+    sys.exit(parser.run(main))

@@ -24,6 +24,20 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> Path:
+    """24 small images in two class folders."""
+    from training import make_images
+    return make_images(tmp_path_factory.mktemp('data') / 'images')
+
+
+@pytest.fixture(scope='session')
+def encoder(tmp_path_factory) -> Path:
+    """Export folder of a small backbone."""
+    from evaluations import make_encoder
+    return make_encoder(tmp_path_factory.mktemp('encoder') / 'export')
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays():
     """A script that a test calls in this process has the root logger write to that test's stderr, which is closed

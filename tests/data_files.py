@@ -1,16 +1,24 @@
-"""Small data sets on disk, for the tests of timm_cgh.data."""
+"""Small data sets on disk."""
 import io
 import tarfile
 
 import numpy as np
-import webdataset
+import pytest
 from PIL import Image
 
 
 def picture(number, size=16, mode='RGB'):
-    """A picture of its own for each number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    """A random image, another one for each number; `size` is its side or (width, height)."""
+    width, height = (size, size) if isinstance(size, int) else size
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+def encode(image, format='PNG', **options):
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
 
 
 def write_images(folder, count, first=0, **kwargs):
@@ -34,12 +42,39 @@ def write_tar(path, folder):
     return path
 
 
-def write_shards(folder, shards=2, per_shard=12, classes=3, name='shard'):
-    folder.mkdir(exist_ok=True)
+def write_shards(folder, per_shard=12, shards=2, name='shard', labelled=True, extension='png', broken=()):
+    """Shards of webdataset, labels 0, 1, 2, 0, ...; the images at the places in `broken` cannot be read.
+
+    Returns:
+        name of the split
+    """
+    wds = pytest.importorskip('webdataset')
+    folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
-        with webdataset.TarWriter(str(folder / f'{name}-{shard:06d}.tar')) as writer:
-            for i in range(per_shard):
-                number, buffer = shard * per_shard + i, io.BytesIO()
-                picture(number).save(buffer, 'PNG')
-                writer.write({'__key__': f'{number:04d}', 'png': buffer.getvalue(), 'cls': str(number % classes).encode()})
+        with wds.TarWriter(str(folder / f'{name}-{shard:06d}.tar')) as writer:
+            for number in range(shard * per_shard, (shard + 1) * per_shard):
+                label = {'cls': str(number % 3).encode()} if labelled else {}
+                image = b'broken' if number in broken else encode(picture(number))
+                writer.write({'__key__': f'image{number:05d}', extension: image, **label})
+    return f'{name}-{{000000..{shards - 1:06d}}}.tar|{shards * per_shard}'
+
+
+def write_parquet(folder, files, labels=None, classes=None):
+    """A Hugging Face data set of one parquet file, its split `train`.
+
+    Args:
+        folder: of the data set
+        files: file name -> its bytes
+        labels: of the images, whole numbers
+        classes: their names
+    """
+    datasets = pytest.importorskip('datasets')
+    columns = {'image': [{'path': name, 'bytes': data} for name, data in files.items()]}
+    features = {'image': datasets.Image()}
+    if labels is not None:
+        columns['label'] = labels
+        features['label'] = datasets.ClassLabel(names=classes) if classes else datasets.Value('int64')
+    folder.mkdir()
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table.to_parquet(str(folder / 'train-00000-of-00001.parquet'))
     return folder

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from timm_cgh import create_task
-from timm_cgh.eval.relations import RelationTracker, Selection, relation_columns
-from timm_cgh.task import Meter
+from timm_cgh.task.positives import RelationTracker, Selection, relation_columns
+from timm_cgh.train.meter import Meter
 
 
 def main(out, model, mode, steps):

@@ -14,11 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from conftest import REPOSITORY
-
-import timm_cgh  # noqa: F401  registers its models
-from timm_cgh.download import fetch, fetch_folder  # noqa: F401  called by the tests
-from timm_cgh.hub.publish import upload  # noqa: F401
-from timm_cgh.models import create_backbone, pretrained
+from timm_cgh.models import create_backbone, pretrained  # registers the models of this package
 
 IMAGES = 'torch.linspace(-2, 2, 2 * 3 * 16 * 16).view(2, 3, 16, 16)'
 
@@ -53,7 +49,8 @@ def run(script, *args):
     """Exit code and output of a root script, run in this process as `main` is."""
     with io.StringIO() as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            code = importlib.import_module(script).cli([str(a) for a in args])
+            module = importlib.import_module(script)
+            code = module.parser.run(module.main, [str(a) for a in args])
         except SystemExit as stop:
             code = stop.code
         logging.getLogger().handlers.clear()  # they write to this output
@@ -66,7 +63,7 @@ def features(name, **kwargs):
 
 
 def backbone(name, **kwargs):
-    """Width of the features of what train.py and the evaluation scripts build for `--model`."""
+    """Width of the features of the backbone that train.py and the evaluation scripts create for `--model`."""
     return create_backbone(name, pretrained=True, **kwargs).num_features
 
 

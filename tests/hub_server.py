@@ -167,7 +167,7 @@ class Api(Handler):
         if what == 'write' and token != WRITER:
             return self.refuse(403 if token else 401, message='You need a token with write access')
         repository = self.hub.repositories.get(repo_id)
-        if repo_id and (repository is None or repository.private and not token):
+        if repo_id and (repository is None or (repository.private and not token)):
             return self.refuse(404 if token else 401, 'RepoNotFound', 'Repository not found')
         return True
 
@@ -187,14 +187,13 @@ class Api(Handler):
         errors, data = [], yaml.safe_load(found[1]) if found else {}
         if data.get('license') not in LICENSES:
             errors.append('"license" must be one of the known ones')
-        for name in data.get('datasets', []):
-            if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name):
-                errors.append(f'"datasets" holds no identifier: {name}')
-        for model in data.get('model-index', []):
-            for result in model['results']:
-                if not ({'type'} <= result['task'].keys() and {'type', 'name'} <= result['dataset'].keys()
-                        and all({'type', 'value'} <= metric.keys() for metric in result['metrics'])):
-                    errors.append('"model-index" is not as specified')
+        if not all(re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name) for name in data.get('datasets', [])):
+            errors.append('"datasets" must hold identifiers')
+        if not all(
+                {'type'} <= result['task'].keys() and {'type', 'name'} <= result['dataset'].keys()
+                and all({'type', 'value'} <= metric.keys() for metric in result['metrics'])
+                for model in data.get('model-index', []) for result in model['results']):
+            errors.append('"model-index" is not as specified')
         self.answer(400 if errors else 200, {'errors': [{'message': e} for e in errors], 'warnings': []})
 
     def info(self, repo_id, revision='main'):

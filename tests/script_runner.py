@@ -1,8 +1,5 @@
-"""Run a root script in a process of its own, as from a shell, but without the seconds that it takes to import torch and
-timm: a fork server has done that once, and computed nothing yet.
-
-Not for what depends on the start of Python itself: the environment, signals, what is done at exit.
-"""
+"""Run root scripts: in this process, in a process of its own, or in several under torchrun."""
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -31,8 +28,26 @@ def _main(script, args, cwd, out, err):
     runpy.run_path(script, run_name='__main__')
 
 
-def run_script(name, *args, cwd=REPOSITORY, timeout=240):
-    """`python NAME ARGS` in `cwd` with `ENV`: return code, stdout and stderr as `subprocess.run` gives them."""
+def call_script(name, *args):
+    """Exit code of a script (its name without .py) that runs in this process."""
+    script = importlib.import_module(name)
+    return script.parser.run(script.main, [str(arg) for arg in args])
+
+
+def run_torchrun(name, *args, processes=2, timeout=1200):
+    """`torchrun NAME ARGS` with `ENV`: return code, stdout and stderr as `subprocess.run` gives them."""
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    return subprocess.run(
+        [*launch, str(REPOSITORY / name), *map(str, args)], env=ENV, capture_output=True, text=True, timeout=timeout)
+
+
+def run_script(name, *args, cwd=REPOSITORY, timeout=1200):
+    """`python NAME ARGS` in `cwd` with `ENV`: return code, stdout and stderr as `subprocess.run` gives them.
+
+    Without the seconds that it takes to import torch and timm: a fork server has done that once, and computed nothing
+    yet. Not for what depends on the start of Python itself: the environment, signals, what is done at exit. The limit
+    is far above what a run takes, for the sake of busy machines.
+    """
     args = [str(arg) for arg in args]
     with mock.patch.dict(os.environ, ENV):
         forkserver.ensure_running()  # takes its environment from here, the first time

@@ -4,20 +4,21 @@ import json
 
 import pytest
 import yaml
-from script_runner import run_script
 
-import compare as compare_script
+import compare as script
 import train
-from timm_cgh.eval.comparison import Run, save_chart, save_tables, summarise
-from timm_cgh.settings import check_method
+from input_errors import check_refused
+from script_runner import run_script
+from timm_cgh.plots import Run, save_chart, save_tables, summarise
+from timm_cgh.train.settings import check_method
 
-DIGITS = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in-chans', 1, '--mean', 0.3, '--std', 0.37,
-          '--batch-size', 128, '--hidden-dim', 32, '--embed-dim', 16, '--bank-size', 256, '--epochs', 1, '--workers', 0,
-          '--knn-interval', 0, '--device', 'cpu']
+DIGITS = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in-chans', 1, '--mean', 0.3,
+          '--std', 0.37, '--batch-size', 128, '--hidden-dim', 32, '--embed-dim', 16, '--bank-size', 256,
+          '--epochs', 1, '--workers', 0, '--knn-interval', 0, '--device', 'cpu']
 
 
 def compare(*args):
-    return run_script('compare.py', *args)
+    return run_script('compare.py', *args, timeout=3600)  # up to five scripts, each of which imports torch anew
 
 
 def table(path):
@@ -33,14 +34,14 @@ def test_means_and_deviations_are_taken_over_the_seeds_of_a_method():
     assert (second['method'], second['seeds'], second['knn_std'], second['images_per_s']) == ('a', 1, None, None)
 
 
-def test_tables_and_chart_of_what_was_measured(tmp_path):
+def test_tables_and_chart_hold_what_was_measured(tmp_path):
     runs = [Run('random weights', 1, 10.0, 20.0), Run('CGH', 1, 40.0, 50.0, 100.0, 900.0, 'python train.py')]
-    save_tables(summarise(runs), runs, tmp_path)
+    save_tables(runs, tmp_path)
     assert '| CGH | 1 | 40.00 | 50.00 | 100 | 900 |' in (tmp_path / 'compare.md').read_text().splitlines()
     assert [row['linear'] for row in table(tmp_path / 'compare.csv')] == ['20.0', '50.0']
     assert table(tmp_path / 'runs.csv')[1]['command'] == 'python train.py'
     pytest.importorskip('matplotlib', reason='drawn by matplotlib')
-    assert save_chart(summarise(runs), tmp_path / 'compare.png') and (tmp_path / 'compare.png').stat().st_size > 5000
+    assert save_chart(runs, tmp_path / 'compare.png') and (tmp_path / 'compare.png').stat().st_size > 5000
 
 
 @pytest.mark.parametrize('given,batch,wanted', [
@@ -48,23 +49,24 @@ def test_tables_and_chart_of_what_was_measured(tmp_path):
     ([], 12, dict(cross=1, moco=4)),
     (['--bn-splits', 2], 128, dict(cross=2, moco=2, simclr=1)),
 ])
-def test_moco_has_its_shuffle_and_the_others_what_they_take(given, batch, wanted):
+def test_moco_splits_the_batch_statistics_and_other_methods_keep_their_options(given, batch, wanted):
     options = [str(option) for option in (*DIGITS, '--batch-size', batch, *given)]
-    args = compare_script.parse_training(options)
+    args = train.parse(options)
     for name, splits in wanted.items():
-        method = compare_script.parse_training([str(o) for o in compare_script.options_of(name, args, options)])
+        method = train.parse(script.method_options(name, args, options))
         assert method.bn_splits == splits
         check_method(method)
 
 
-def test_a_comparison_on_digits_and_its_continuation(tmp_path):
+def test_an_interrupted_comparison_on_digits_does_only_what_is_missing(tmp_path):
     pytest.importorskip('lightly', reason='SimCLR is that of the lightly library')
     done = compare(*DIGITS, '--methods', 'simclr', '--output', tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(tmp_path / 'compare.csv')
     assert [row['method'] for row in rows] == ['random weights', 'SimCLR']
     for row, name in zip(rows, ('untrained', 'simclr')):
-        found = [json.loads((tmp_path / 'runs' / f'{name}-42' / f'{what}.json').read_text()) for what in ('knn', 'linear')]
+        folder = tmp_path / 'runs' / f'{name}-42'
+        found = [json.loads((folder / f'{what}.json').read_text()) for what in ('knn', 'linear')]
         assert [float(row['knn']), float(row['linear'])] == [results['top1'] for results in found]
         assert found[0]['val_images'] == found[1]['val_images'] == 364
     assert float(rows[1]['images_per_s']) > 0 and '| SimCLR | 1 |' in done.stdout
@@ -77,21 +79,21 @@ def test_a_comparison_on_digits_and_its_continuation(tmp_path):
     assert linear.exists() and summary.stat().st_mtime_ns == before and table(tmp_path / 'compare.csv') == rows
 
 
-def test_bad_options_are_one_line(tmp_path):
-    for options, text in ((['--methods', 'mocov9'], 'mocov9'), (['--epochs', '0'], '--epochs')):
-        done = compare(*DIGITS, *options, '--output', tmp_path / 'out')
-        assert done.returncode == 2 and text in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        assert not (tmp_path / 'out').exists()
+@pytest.mark.parametrize('options, named', (
+    (['--methods', 'mocov9'], 'mocov9'),
+    (['--epochs', '0'], '--epochs'),
+    (['--methods', 'cross', 'simclr', '--predictor'], '--predictor: has no meaning for the method simclr'),
+))
+def test_bad_options_are_refused_before_any_run(tmp_path, capsys, options, named):
+    stderr = check_refused(capsys, script, [*DIGITS, *options, '--output', tmp_path / 'out'], named)
+    assert stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 
-def test_a_folder_of_other_settings_and_options_without_meaning_are_refused_before_any_run(tmp_path):
-    done = compare(*DIGITS, '--methods', 'cross', 'simclr', '--predictor', '--output', tmp_path / 'out')
-    assert done.returncode == 2 and '--predictor: has no meaning for --method simclr' in done.stderr
-    assert not (tmp_path / 'out').exists()
-    args = vars(train.parser.parse_args([str(option) for option in DIGITS]))
-    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({'train': {**args, 'epochs': 77}}))
-    done = compare(*DIGITS, '--methods', 'cross', '--output', tmp_path)
-    assert done.returncode == 2 and 'holds a comparison with epochs 77, not ' in done.stderr
+def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, capsys):
+    args = vars(train.parse([str(option) for option in DIGITS]))
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({'train': {**args, 'val_split': 'validation', 'epochs': 77}}))
+    named = f'--output {tmp_path}: holds a comparison with epochs 77, not '
+    check_refused(capsys, script, [*DIGITS, '--methods', 'cross', '--output', tmp_path], named)
     assert not (tmp_path / 'runs').exists()
 
 

@@ -7,11 +7,12 @@ import yaml
 
 import train
 from conftest import REPOSITORY
-from test_train import TINY, check_ok, make_images, rows_of
-from test_train import train as run_train
-from timm_cgh.run import build_task, check_view_sizes
-from timm_cgh.settings import choose_settings, choose_views, resolve_data_config
+from timm_cgh.arguments import arguments_of
+from timm_cgh.models.backbone import resolve_data_config
 from timm_cgh.task import CGHTask
+from timm_cgh.train.build import build_backbone, build_task, check_views
+from timm_cgh.train.settings import choose_views, settle, task_options
+from training import TINY, check_ok, make_images, read_summary, train as run_train
 
 RECIPES = sorted(p.name for p in (REPOSITORY / 'configs').glob('*.yaml') if not p.name.startswith('eval_'))
 OF_THE_PAPER = {
@@ -26,8 +27,7 @@ OF_THE_PAPER = {
 
 def settings(name, images=1_281_167):
     args = train.parser.parse(['--config', str(REPOSITORY / 'configs' / name), '--device', 'cpu'])
-    args.world_size = 1
-    choose_settings(args, images)
+    settle(args, images)
     return args
 
 
@@ -35,12 +35,13 @@ def settings(name, images=1_281_167):
 def test_every_recipe_builds_its_task_and_its_views(name):
     args = settings(name)
     banks, args.bank_size = args.bank_size, 64  # the size of the banks is the one thing that would take time
-    task, _ = build_task(args)
-    size = resolve_data_config(args, task.student.backbone.pretrained_cfg)['input_size'][-1]
+    backbone = build_backbone(**arguments_of(build_backbone, args)).module
+    task = build_task(backbone, **task_options(args))
+    size = resolve_data_config(backbone.pretrained_cfg, **arguments_of(resolve_data_config, args))['input_size'][-1]
     views = choose_views(args, size)
     assert isinstance(task, CGHTask) and task.student.embed_dim == args.embed_dim
     assert len(views) == 2 + (len(args.multi_crop) - 1 if args.multi_crop else 0) and banks >= 512
-    check_view_sizes(task, views[:1] + views[-1:], args.in_chans)
+    check_views(task, views[:1] + views[-1:], args.in_chans)
 
 
 @pytest.mark.parametrize('name', OF_THE_PAPER)
@@ -65,8 +66,9 @@ def test_recipes_of_the_paper_name_its_table_and_hold_its_numbers(name):
 def test_the_cifar10_recipe_trains(tmp_path):
     images = make_images(tmp_path / 'images', size=32)
     check_ok(run_train('--config', REPOSITORY / 'configs' / 'cifar10.yaml', '--data-dir', images, '--epochs', 6,
-                       '--batch-size', 12, '--bank-size', 24, '--workers', 0, '--output', tmp_path, '--experiment', 'run'))
-    rows = rows_of(tmp_path / 'run')
+                       '--batch-size', 12, '--bank-size', 24, '--workers', 0, '--output', tmp_path,
+                       '--experiment', 'run'))
+    rows = read_summary(tmp_path / 'run')
     assert len(rows) == 6 and 'train_loss_nce' in rows[0] and not rows[5]['train_loss_nce']  # five epochs of warm-up
     assert all(torch.isfinite(torch.tensor(float(row['train_loss']))) for row in rows)
 
@@ -78,5 +80,6 @@ def test_the_cifar10_recipe_trains(tmp_path):
 ])
 def test_variants_run_by_command_line(tmp_path, options):
     images = make_images(tmp_path / 'images')
-    check_ok(run_train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', *options))
-    assert len(rows_of(tmp_path / 'run')) == 2 and (tmp_path / 'run' / 'export' / 'model.safetensors').exists()
+    check_ok(run_train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run',
+                       *options))
+    assert len(read_summary(tmp_path / 'run')) == 2 and (tmp_path / 'run' / 'export' / 'model.safetensors').exists()

@@ -1,4 +1,4 @@
-"""python -m timm_cgh.hub convert: the same features in torchvision, detectron2 and ONNX."""
+"""convert.py: the same features in torchvision, detectron2 and ONNX."""
 import json
 
 import pytest
@@ -8,10 +8,11 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from test_export import random_statistics
-from timm_cgh.hub import export_backbone
-from timm_cgh.hub.__main__ import cli
+import convert as script
+from backbones import equal, randomise
+from timm_cgh import create_task
 from timm_cgh.models import create_backbone
+from timm_cgh.models.export import export_backbone
 
 CONFIG = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), tag='cgh_test')
 
@@ -25,7 +26,7 @@ def run(tmp_path_factory):
         if name not in made:
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(name)
-            model = random_statistics(create_backbone(name)).eval()
+            model = randomise(create_backbone(name)).eval()
             export_backbone(model, folder / 'export', input_size=(3, 64, 64), **CONFIG)
             images = torch.randn(2, 3, 64, 64)
             with torch.no_grad():
@@ -36,7 +37,7 @@ def run(tmp_path_factory):
 
 
 def convert(*args):
-    return cli(['convert', *map(str, args)])
+    return script.parser.run(script.main, [str(arg) for arg in args])
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
@@ -113,14 +114,27 @@ def test_onnxruntime_gives_the_same_features(run, tmp_path):
     assert config['mean'] == [0.1, 0.2, 0.3] and config['tag'] == 'cgh_test'
 
 
-@pytest.mark.parametrize('name, kwargs, to, output, said', [
+def test_checkpoint_of_a_run_converts_with_the_runs_image_settings(tmp_path):
+    task = create_task('resnet18', bank_size=16, hidden_dim=8, embed_dim=8)
+    args = dict(model='resnet18', img_size=48, in_chans=3, mean=CONFIG['mean'], std=CONFIG['std'])
+    torch.save({**task.get_checkpoint_state(), 'args': args}, tmp_path / 'last.pth.tar')
+    assert convert(tmp_path / 'last.pth.tar', '--to', 'torchvision', '-o', tmp_path / 'out.safetensors') == 0
+    state, found = task.student.backbone.state_dict(), load_file(tmp_path / 'out.safetensors')
+    assert equal(found, state)
+    with safe_open(tmp_path / 'out.safetensors', 'pt') as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata['mean']) == [0.1, 0.2, 0.3] and json.loads(metadata['input_size']) == [3, 48, 48]
+
+
+@pytest.mark.parametrize('name, kwargs, to, output, part', [
     ('test_resnet', {}, 'torchvision', 'm.safetensors', 'torchvision has no test_resnet'),
-    ('resnet18', {'in_chans': 1}, 'detectron2', 'm.pth', "not torchvision's resnet18: the file has another shape"),
-    ('resnet18', {'output_stride': 8}, 'torchvision', 'm.safetensors', "torchvision's resnet18 gives other features"),
-    ('resnet18', {}, 'detectron2', 'm.pkl', '--output m.pkl: must end in .pth'),
-    (None, {}, 'onnx', 'm.onnx', 'no config.json there'),
+    ('resnet18', {'in_chans': 1}, 'detectron2', 'm.pth', "--to: differs from torchvision's resnet18: conv1.weight"),
+    ('resnet18', {'output_stride': 8}, 'torchvision', 'm.safetensors', 'resnet18 computes other features'),
+    ('resnet18', {}, 'detectron2', 'm.pkl', '--output m.pkl: must end in .pth for --to detectron2'),
+    (None, {}, 'onnx', 'm.onnx', 'SOURCE run: no such file'),
 ])
-def test_what_does_not_go_there_is_refused_in_one_line(name, kwargs, to, output, said, tmp_path, monkeypatch, capsys):
+def test_models_that_a_format_does_not_support_are_refused(
+        name, kwargs, to, output, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if name:
         chans = kwargs.get('in_chans', 3)
@@ -129,8 +143,15 @@ def test_what_does_not_go_there_is_refused_in_one_line(name, kwargs, to, output,
     with pytest.raises(SystemExit) as stop:
         convert('run', '--to', to, '-o', output)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and said in error and error.count('\n') == 1
+    assert stop.value.code == 2 and part in error and error.count('\n') == 1
     assert not (tmp_path / output).exists()
+
+
+def test_weights_that_do_not_name_their_model_are_refused(tmp_path, capsys):
+    torch.save(create_backbone('test_resnet').state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(SystemExit):
+        convert(tmp_path / 'weights.pth', '--to', 'torchvision', '-o', tmp_path / 'out.safetensors')
+    assert 'weights.pth: weights of an unknown model' in capsys.readouterr().err
 
 
 def test_a_broken_export_is_refused_and_the_old_file_stays(run, tmp_path, capsys):
@@ -140,5 +161,5 @@ def test_a_broken_export_is_refused_and_the_old_file_stays(run, tmp_path, capsys
     (tmp_path / 'out.safetensors').write_text('old')
     with pytest.raises(SystemExit):
         convert(tmp_path, '--to', 'torchvision', '-o', tmp_path / 'out.safetensors')
-    assert 'not a whole safetensors file' in capsys.readouterr().err
+    assert 'not a complete safetensors file' in capsys.readouterr().err
     assert (tmp_path / 'out.safetensors').read_text() == 'old'

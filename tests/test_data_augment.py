@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from timm_cgh.data import Photometric, ViewsToDevice, augment
 from timm_cgh.data.augment import adjust_hue, gaussian_blur, photometric, to_gray
 from timm_cgh.data.loader import Batch
-from timm_cgh.data.views import JITTER_ORDERS
+from timm_cgh.data.views import BLUR_SIGMA, GRAYSCALE, JITTER_ORDER, JITTER_ORDERS
 
 
 def images(batch=6, chans=3, size=20, seed=0):
@@ -29,7 +29,7 @@ def row(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=-1, gray=0,
 def reference(image, params):
     """One image after the other through torchvision's functions."""
     x = image.float() / 255
-    factors, order, gray, sigma = params[:4].tolist(), int(params[4]), params[5] > 0, float(params[6])
+    factors, order, gray, sigma = params[:4].tolist(), int(params[JITTER_ORDER]), params[GRAYSCALE], params[BLUR_SIGMA]
     operations = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for operation in JITTER_ORDERS[order] if order >= 0 else ():
         x = operations[operation](x, factors[operation])
@@ -37,7 +37,7 @@ def reference(image, params):
         x = F.rgb_to_grayscale(x, len(x))
     if sigma > 0:
         reach = math.ceil(3 * sigma)
-        x = F.gaussian_blur(x, [2 * reach + 1] * 2, [sigma] * 2)
+        x = F.gaussian_blur(x, [2 * reach + 1] * 2, [float(sigma)] * 2)
     return x
 
 
@@ -66,11 +66,11 @@ def test_all_orders_in_one_batch_equal_torchvisions_jitter():
 
 @pytest.mark.parametrize('chans', [1, 3])
 def test_drawn_batches_equal_torchvision_image_by_image(chans):
-    spec, rng = Photometric(gray_prob=0.2 if chans == 3 else 0.0), np.random.default_rng(1)
+    spec, rng = Photometric(grayscale_prob=0.2 if chans == 3 else 0.0), np.random.default_rng(1)
     check(images(48, chans, size=17), [spec.draw(rng).tolist() for _ in range(48)])
 
 
-def test_what_becomes_of_an_image_does_not_depend_on_its_batch():
+def test_augmented_image_does_not_depend_on_its_batch():
     rng = np.random.default_rng(2)
     params = torch.from_numpy(np.stack([Photometric().draw(rng) for _ in range(12)]))
     x = images(12)
@@ -98,7 +98,7 @@ def test_unchanged_images_are_exactly_the_pixels():
     assert torch.equal(photometric(x, torch.tensor([row()] * 6)), x.float() / 255)
 
 
-def test_input_is_left_as_it_was():
+def test_input_is_not_modified():
     x = images()
     before = x.clone()
     photometric(x, torch.tensor([row(1.4, 0.6, 0.5, 0.1, 7, 1, 1.0)] * 6))
@@ -127,31 +127,29 @@ def test_hue_of_every_coarse_colour_equals_torchvisions():
             adjust_hue(colours.clone(), torch.tensor([shift])), F.adjust_hue(colours, shift), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('column,operation', list(enumerate([
-    F.adjust_brightness,
-    F.adjust_contrast,
-    F.adjust_saturation,
-    lambda image, _: F.rgb_to_grayscale(image, 3),
-    lambda image, sigma: F.gaussian_blur(image, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2),
-])))
-def test_8_bit_torchvision_on_pil_images_is_within_2_of_255(column, operation):
-    """torchvision cuts to 8 bits after every operation, ours never (its 8-bit HSV makes hue incomparable)."""
+@pytest.mark.parametrize('name, operation', [
+    ('brightness', F.adjust_brightness),
+    ('contrast', F.adjust_contrast),
+    ('saturation', F.adjust_saturation),
+    ('gray', lambda image, _: F.rgb_to_grayscale(image, 3)),
+    ('sigma', lambda image, sigma: F.gaussian_blur(image, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)),
+])
+def test_8_bit_torchvision_on_pil_images_is_within_2_of_255(name, operation):
+    """torchvision rounds to 8 bits after every operation, ours never does (its 8-bit HSV makes hue incomparable)."""
     pixels = images()
     for value in (0.6, 1.0, 1.4):
-        row = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-        row[column if column < 3 else column + 2] = value
-        ours = photometric(pixels, torch.tensor([row] * len(pixels))) * 255
+        ours = photometric(pixels, torch.tensor([row(order=0, **{name: value})] * len(pixels))) * 255
         for image, result in zip(pixels, ours):
             expected = F.pil_to_tensor(operation(F.to_pil_image(image), value))
             assert (expected.float() - result).abs().max() <= 2
 
 
-def test_hue_is_turned_alike_in_any_range():
+def test_hue_shift_is_the_same_in_any_range():
     x, shift = torch.rand(5, 3, 9, 9), torch.linspace(-0.5, 0.5, 5)
     torch.testing.assert_close(adjust_hue(255 * x, shift), 255 * adjust_hue(x, shift), rtol=0, atol=1e-3)
 
 
-def test_whole_turn_of_the_hue_changes_nothing():
+def test_whole_turn_of_the_hue_changes_nothing_and_a_third_swaps_the_channels():
     x = torch.rand(4, 3, 9, 9)
     torch.testing.assert_close(adjust_hue(x, torch.tensor([0.0, 1.0, -1.0, 2.0])), x, rtol=0, atol=1e-5)
     third = adjust_hue(x, torch.full((4,), 1 / 3))
@@ -210,17 +208,17 @@ def p_values(scene, torchvisions, recipe):
     return {name: stats.ks_2samp(ours[name], torchvisions[name]).pvalue for name in ours}
 
 
-def test_what_becomes_of_a_picture_is_distributed_as_torchvisions(scene, torchvisions):
+def test_augmented_images_are_distributed_as_torchvisions(scene, torchvisions):
     found = p_values(scene, torchvisions, Photometric())
     assert min(found.values()) > 1e-3, found
 
 
 @pytest.mark.parametrize('changed, by', [
-    ('mean', dict(jitter=(0.2, 0.4, 0.4, 0.1))),
-    ('contrast', dict(jitter=(0.4, 0.2, 0.4, 0.1))),
-    ('saturation', dict(gray_prob=0.4)),
-    ('hue', dict(jitter=(0.4, 0.4, 0.4, 0.2))),
-    ('blur', dict(blur_sigma=(0.1, 1.0))),
+    ('mean', dict(color_jitter=(0.2, 0.4, 0.4, 0.1))),
+    ('contrast', dict(color_jitter=(0.4, 0.2, 0.4, 0.1))),
+    ('saturation', dict(grayscale_prob=0.4)),
+    ('hue', dict(color_jitter=(0.4, 0.4, 0.4, 0.2))),
+    ('blur', dict(gaussian_blur_sigma=(0.1, 1.0))),
 ])
 def test_distributions_of_another_recipe_are_told_apart(scene, torchvisions, changed, by):
     assert p_values(scene, torchvisions, Photometric(**by))[changed] < 1e-3
@@ -255,7 +253,7 @@ def test_views_arrive_normalised(chans):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_gpu_gives_the_same_and_is_never_waited_for():
+def test_gpu_gives_the_same_without_a_synchronization():
     rng = np.random.default_rng(3)
     params = torch.from_numpy(np.stack([Photometric().draw(rng) for _ in range(64)]))
     x = images(64, size=32)

@@ -1,5 +1,6 @@
-"""How little of a JPEG file is decoded, and that its views stay what they were; by either decoder."""
+"""A JPEG file is decoded no larger than its views need, and they stay nearly the same; with either decoder."""
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from data_files import encode
 from timm_cgh.data import decode, open_dataset, two_views, views
 from timm_cgh.data.decode import decode_pixels, read_image
 from timm_cgh.data.views import ViewSpec, cut_views, draw_crop, view_rng
@@ -31,9 +33,7 @@ def smooth(width=333, height=250, seed=0):
 
 
 def jpeg(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, 'JPEG', **{'quality': 90, **options})
-    return buffer.getvalue()
+    return encode(image, 'JPEG', **{'quality': 90, **options})
 
 
 def opened(data):
@@ -42,7 +42,7 @@ def opened(data):
 
 @pytest.mark.parametrize('options', [dict(subsampling=0), dict(subsampling=2), dict(progressive=True)])
 @pytest.mark.parametrize('reduction', [1, 2, 4, 8])
-def test_pixels_are_pillows_of_the_reduced_size(decoder, options, reduction):
+def test_pixels_of_the_reduced_size_equal_pillows(decoder, options, reduction):
     data = jpeg(smooth(), **options)
     pixels, done = decode_pixels(opened(data), 'RGB', reduction)
     expected = opened(data)
@@ -61,24 +61,21 @@ def test_pixels_have_the_asked_mode(decoder, saved, mode):
 
 
 def test_images_of_other_formats_and_decoded_ones_keep_their_size(decoder):
-    buffer = io.BytesIO()
-    smooth().save(buffer, 'PNG')
     decoded = opened(jpeg(smooth()))
     decoded.load()
-    for image in (Image.open(buffer), decoded, smooth()):
+    for image in (opened(encode(smooth())), decoded, smooth()):
         pixels, reduction = decode_pixels(image, 'RGB', 4)
         assert reduction == 1 and np.array_equal(pixels, np.asarray(image))
 
 
-def test_first_of_several_pictures_in_a_file_is_taken(decoder):
-    buffer = io.BytesIO()
-    smooth().save(buffer, 'MPO', save_all=True, append_images=[smooth(seed=1)])
-    assert Image.open(buffer).format == 'MPO'
-    pixels, reduction = decode_pixels(Image.open(buffer), 'RGB', 2)
+def test_first_of_several_images_in_a_file_is_decoded(decoder):
+    data = encode(smooth(), 'MPO', save_all=True, append_images=[smooth(seed=1)])
+    assert opened(data).format == 'MPO'
+    pixels, reduction = decode_pixels(opened(data), 'RGB', 2)
     assert reduction == 2 and abs(pixels.astype(int) - np.asarray(smooth().reduce(2))).mean() < 4
 
 
-def test_truncated_file_is_refused_and_a_blemished_one_read(decoder):
+def test_truncated_file_is_refused_and_one_with_extra_bytes_is_read(decoder):
     data = jpeg(smooth())
     with pytest.raises(OSError, match='truncated'):
         decode_pixels(opened(data[:-400]), 'RGB')
@@ -88,7 +85,7 @@ def test_truncated_file_is_refused_and_a_blemished_one_read(decoder):
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """What `cut_views` does from here on: (pixels, reduction) of each decoding; (box, size) of each view."""
+    """Calls that `cut_views` makes from here on: (pixels, reduction) of each decoding, (box, size) of each view."""
     decoded, boxes = [], []
     decode_now, resize_now = views.decode_pixels, views._resized_crop
 
@@ -170,14 +167,16 @@ def test_views_of_reduced_photographs_are_nearly_those_of_the_whole(shared_data,
     assert len(found) > 60 and np.mean(found) < 3 and max(found) < 12  # of 255; bilinear and bicubic differ by 1.7
 
 
+def cut_image(size, index, image, mode):
+    return cut_views(image, two_views(size), 0, 0, index, mode)[0]
+
+
 def test_both_decoders_give_the_same_views_of_photographs(shared_data, monkeypatch):
     pytest.importorskip('simplejpeg')
     dataset = open_dataset('', str(shared_data / 'imagenet-samples' / 'images.tar'))
     for size, mode in ((224, 'RGB'), (64, 'RGB'), (96, 'L')):
         for index in range(0, len(dataset), 8):
-            def cut(image, mode):
-                return cut_views(image, two_views(size), 0, 0, index, mode)[0]
-
+            cut = partial(cut_image, size, index)
             fast, _ = read_image(dataset, index, mode, cut)
             with monkeypatch.context() as patch:
                 patch.setattr(decode, 'simplejpeg', None)

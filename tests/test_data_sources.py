@@ -7,21 +7,15 @@ import numpy as np
 import pytest
 import timm
 import torch.distributed as dist
-import torchvision
-from data_files import picture, write_classes, write_images, write_shards, write_tar
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from data_files import encode, picture, write_classes, write_images, write_parquet, write_shards, write_tar
+from input_errors import refused
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
-from timm_cgh.data.decode import read_image, read_or_another, to_mode
-from timm_cgh.data.sources import InputError
+from timm_cgh.data.decode import read_image, read_or_substitute, to_mode
 
-
-def refused(*named, call=open_dataset, args=(), **kwargs):
-    with pytest.raises(InputError) as error:
-        call(*args, **kwargs)
-    text = str(error.value)
-    assert '\n' not in text and all(name in text for name in named), text
+PICTURES = {f'{i}.png': encode(picture(i)) for i in range(3)}
 
 
 def test_digits_split_is_fixed_stratified_and_complete():
@@ -36,15 +30,16 @@ def test_digits_split_is_fixed_stratified_and_complete():
 
 
 @pytest.mark.parametrize('chans,mode', [(1, 'L'), (3, 'RGB')])
-def test_digits_are_pictures_of_the_asked_mode(chans, mode):
+def test_digits_have_the_mode_of_the_channels(chans, mode):
     image, label = open_dataset('digits', None, 'train', in_chans=chans)[0]
     assert (image.mode, image.size) == (mode, (8, 8)) and label in range(10)
     assert np.asarray(image).max() > 200
 
 
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+def test_digits_without_scikit_learn_name_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    refused('--dataset digits', 'pip install scikit-learn', args=('digits', None, 'train'))
+    with refused('dataset=digits', 'pip install scikit-learn'):
+        open_dataset('digits', None)
 
 
 def test_folder_takes_its_split_folder_by_name_or_synonym(tmp_path):
@@ -84,8 +79,8 @@ def test_tar_inside_a_folder_of_splits(tmp_path):
 
 
 def test_webdataset_stream_counts_images_not_rounded_batches(tmp_path):
-    root = str(write_shards(tmp_path / 'wds'))
-    dataset = open_dataset('wds/', root, 'shard-{000000..000001}.tar|24', is_training=True, batch_size=16)
+    split = write_shards(tmp_path, 12)
+    dataset = open_dataset('wds/', str(tmp_path), split, is_training=True, batch_size=16)
     assert is_stream(dataset) and num_images(dataset) == 24 != len(dataset)
 
 
@@ -102,12 +97,13 @@ def test_torchvision_sets_open(tmp_path):
     image, target = read_image(dataset, 3, 'RGB')  # the file is grey
     assert (len(dataset), image.mode, target) == (4, 'RGB', 3)
     assert len(open_dataset('torch/MNIST', str(tmp_path), 'validation')) == 2
-    refused('--val-split', 'train and validation', args=('torch/mnist', str(tmp_path), 'half'), split_flag='--val-split')
+    with refused('val_split=half', 'train and validation'):
+        open_dataset('torch/mnist', str(tmp_path), 'half', split_parameter='val_split')
 
 
 def test_stl10_trains_on_the_unlabelled_images_too(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(torchvision.datasets, 'STL10', lambda root, split, download: made.append(split))
+    monkeypatch.setattr('timm_cgh.data.sources.STL10', lambda root, split, download: made.append(split) or [None])
     for split in ('train', None, 'validation', 'unlabeled'):
         open_dataset('torch/stl10', str(tmp_path), split)
     assert made == ['train+unlabeled', 'train+unlabeled', 'test', 'unlabeled']
@@ -116,41 +112,38 @@ def test_stl10_trains_on_the_unlabelled_images_too(tmp_path, monkeypatch):
 def test_parquet_folder_opens_as_hfds(shared_data, tmp_path):
     dataset = open_dataset(f"hfds/{shared_data / 'cifar10'}", str(tmp_path), 'test[:20]')
     assert len(dataset) == 20 and read_image(dataset, 0, 'RGB')[0].size == (32, 32)
-    refused('--train-split', 'nonsense', args=(f"hfds/{shared_data / 'cifar10'}", str(tmp_path), 'nonsense'))
+    with refused('train_split=nonsense'):
+        open_dataset(f"hfds/{shared_data / 'cifar10'}", str(tmp_path), 'nonsense')
 
 
 def test_hfds_without_labels_opens_unlabelled(tmp_path):
-    datasets = pytest.importorskip('datasets')
-    features = datasets.Features(image=datasets.Image())
-    table = datasets.Dataset.from_dict({'image': [picture(i) for i in range(3)]}, features=features)
-    (tmp_path / 'set').mkdir()
-    table.to_parquet(tmp_path / 'set' / 'train-0.parquet')
-    name, cache = f"hfds/{tmp_path / 'set'}", str(tmp_path / 'cache')
-    assert read_image(open_dataset(name, cache, 'train'), 1, 'RGB')[1] == -1
-    refused('--target-key kind', 'image', args=(name, cache, 'train'), target_key='kind')
+    source = f"hfds/{write_parquet(tmp_path / 'set', PICTURES)}", str(tmp_path / 'cache')
+    assert read_image(open_dataset(*source), 1, 'RGB')[1] == -1
+    with refused('target_key=kind', 'image'):
+        open_dataset(*source, target_key='kind')
 
 
 @pytest.mark.parametrize('name,root,split,named', [
-    ('', 'missing', 'train', ('--data-dir', 'missing', 'no such')),
-    ('', 'empty', 'train', ('--data-dir', 'empty', '0 images')),
-    ('', None, 'train', ('--data-dir',)),
-    ('', 'notes.txt', 'train', ('--data-dir', 'notes.txt', '.tar')),
-    ('', 'empty.tar', 'train', ('--data-dir', 'empty.tar')),
-    ('', 'images', 'half', ('--train-split half', 'cat, dog')),
-    ('', 'images.tar', 'val', ('--train-split val', 'no splits')),
-    ('cifar10', 'images', 'train', ('--dataset cifar10', 'torch/cifar10')),
-    ('timm/x', 'images', 'train', ('--dataset timm/x', 'hfds/')),
-    ('digits', None, 'half', ('digits', 'validation')),
-    ('torch/nothing', 'images', 'train', ('--dataset torch/nothing', 'cifar10', 'stl10')),
-    ('torch/cifar10', None, 'train', ('--data-dir', 'torch/cifar10')),
-    ('torch/cifar10', 'images', 'train', ('--dataset torch/cifar10', '--dataset-download')),
-    ('torch/stl10', 'images', 'train', ('--dataset torch/stl10', '--dataset-download')),
-    ('torch/image_folder', 'empty', 'train', ('--dataset torch/image_folder',)),
-    ('hfds/./missing', None, 'train', ('--dataset hfds/./missing', 'no such folder')),
-    ('wds/', 'missing', 'train', ('--data-dir', 'missing')),
-    ('wds/', 'images', 'shard-{000000..000001}.tar|24', ('--data-dir', 'shard-000000.tar')),
-    ('wds/', 'shards', 'shard-{000000..000001}.tar', ('--num-samples',)),
-    ('wds/', 'shards', 'half', ('--train-split half',)),
+    ('', 'missing', 'train', ('data_dir', 'missing', 'no such')),
+    ('', 'empty', 'train', ('data_dir', 'empty', '0 images')),
+    ('', None, 'train', ('data_dir',)),
+    ('', 'notes.txt', 'train', ('data_dir', 'notes.txt', '.tar')),
+    ('', 'empty.tar', 'train', ('data_dir', 'empty.tar')),
+    ('', 'images', 'half', ('train_split=half', 'cat, dog')),
+    ('', 'images.tar', 'val', ('train_split=val', 'no splits')),
+    ('cifar10', 'images', 'train', ('dataset=cifar10', 'torch/cifar10')),
+    ('timm/x', 'images', 'train', ('dataset=timm/x', 'hfds/')),
+    ('digits', None, 'half', ('train_split=half', 'validation')),
+    ('torch/nothing', 'images', 'train', ('dataset=torch/nothing', 'cifar10', 'stl10')),
+    ('torch/cifar10', None, 'train', ('data_dir', 'torch/cifar10')),
+    ('torch/cifar10', 'images', 'train', ('dataset=torch/cifar10', '`dataset_download`')),
+    ('torch/stl10', 'images', 'train', ('dataset=torch/stl10', '`dataset_download`')),
+    ('torch/image_folder', 'empty', 'train', ('dataset=torch/image_folder',)),
+    ('hfds/./missing', None, 'train', ('dataset=hfds/./missing', 'no such folder')),
+    ('wds/', 'missing', 'train', ('data_dir', 'missing')),
+    ('wds/', 'images', 'shard-{000000..000001}.tar|24', ('data_dir', 'shard-000000.tar')),
+    ('wds/', 'shards', 'shard-{000000..000001}.tar', ('num_samples',)),
+    ('wds/', 'shards', 'half', ('train_split=half',)),
 ])
 def test_a_source_that_cannot_be_opened_is_refused_in_one_line(tmp_path, monkeypatch, name, root, split, named):
     monkeypatch.chdir(tmp_path)
@@ -158,9 +151,10 @@ def test_a_source_that_cannot_be_opened_is_refused_in_one_line(tmp_path, monkeyp
     write_tar(tmp_path / 'images.tar', tmp_path / 'images')
     (tmp_path / 'empty').mkdir()
     write_tar(tmp_path / 'empty.tar', tmp_path / 'empty')
-    write_shards(tmp_path / 'shards', per_shard=1)
+    write_shards(tmp_path / 'shards', 1)
     (tmp_path / 'notes.txt').write_text('no image')
-    refused(*named, args=(name, root and str(tmp_path / root), split), is_training=True)
+    with refused(*named):
+        open_dataset(name, root and str(tmp_path / root), split, is_training=True)
 
 
 @pytest.mark.parametrize('name', ['hfds/nothing', 'hfds/timm/nothing', 'hfids/timm/nothing'])
@@ -170,33 +164,47 @@ def test_names_of_the_hub_are_refused_at_once_when_offline(tmp_path, monkeypatch
     hub = pytest.importorskip('huggingface_hub')
     monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
     start = time.perf_counter()
-    refused(f'--dataset {name}', args=(name, str(tmp_path), 'train'))
+    with refused(f'dataset={name}'):
+        open_dataset(name, str(tmp_path))
     assert time.perf_counter() - start < 3
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
-    refused('--dataset tfds/mnist', 'pip install tensorflow-datasets', args=('tfds/mnist', str(tmp_path), 'train'))
+    with refused('dataset=tfds/mnist', 'pip install tensorflow-datasets'):
+        open_dataset('tfds/mnist', str(tmp_path))
 
 
 @pytest.mark.parametrize('name', ['downloads', 'splits', 'num_samples'])
-def test_the_name_of_a_folder_is_no_hint(tmp_path, name):
+def test_words_in_the_name_of_a_folder_do_not_mislead_the_error(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=rf'^--data-dir \S+{name}: ') as caught:
+    with refused(f'data_dir={tmp_path / name}', '0 images'):
         open_dataset('', str(tmp_path / name), 'train')
-    assert '--dataset-download' not in str(caught.value)
 
 
-def test_options_without_meaning_are_refused(tmp_path):
+def test_parameters_that_do_not_apply_are_refused(tmp_path):
     root = str(write_classes(tmp_path / 'images', 2))
-    refused('--target-key', args=('', root, 'train'), target_key='label')
-    refused('--class-map', args=('', root, 'train'), class_map='missing.txt')
-    refused('--in-chans 4', call=image_mode, args=(4,))
+    with refused('target_key', root):
+        open_dataset('', root, target_key='label')
+    with refused('class_map', 'missing.txt'):
+        open_dataset('', root, class_map='missing.txt')
+    with refused('in_chans=4'):
+        image_mode(4)
+
+
+@pytest.mark.parametrize('error', [AttributeError, TypeError])
+def test_a_bug_on_the_way_keeps_its_type(tmp_path, monkeypatch, error):
+    def buggy(*args, **kwargs):
+        raise error('a bug')
+
+    monkeypatch.setattr('timm_cgh.data.sources.create_dataset', buggy)
+    with pytest.raises(error, match='a bug'):
+        open_dataset('', str(write_classes(tmp_path / 'images', 2)), input_key='.png')
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'I;16', 'I', 'F'])
 @pytest.mark.parametrize('wanted', ['L', 'RGB'])
-def test_pictures_of_every_mode_convert(mode, wanted):
+def test_images_of_every_mode_convert(mode, wanted):
     gray = picture(0, mode='L')
     if mode in ('I;16', 'I', 'F'):
         unit = {'I;16': np.uint16(257), 'I': np.int32(257), 'F': np.float32(1 / 255)}[mode]
@@ -218,14 +226,14 @@ def test_transparent_palette_converts_without_a_warning(recwarn):
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png'])
-def test_truncated_files_are_passed_over_and_named(tmp_path, suffix):
+def test_truncated_files_are_replaced_and_named(tmp_path, suffix):
     for i in range(3):
         picture(i, size=64).save(tmp_path / f'{i}{suffix}')
     whole = (tmp_path / f'1{suffix}').read_bytes()
     dataset = open_dataset('', str(tmp_path), 'train')
     for length in (0, 3, 40, len(whole) // 2):
         (tmp_path / f'1{suffix}').write_bytes(whole[:length])
-        image, _, unreadable = read_or_another(dataset, 1, 'RGB')
+        image, _, unreadable = read_or_substitute(dataset, 1, 'RGB')
         assert unreadable == [str(tmp_path / f'1{suffix}')]
         others = [np.asarray(read_image(dataset, i, 'RGB')[0]) for i in (0, 2)]
         assert any(np.array_equal(np.asarray(image), other) for other in others)
@@ -241,37 +249,39 @@ def test_scrambled_files_never_raise_anything_else(tmp_path):
         for place in rng.integers(0, len(whole), 8):
             broken[place] = rng.integers(256)
         (tmp_path / '0.png').write_bytes(broken)
-        assert read_or_another(dataset, 0, 'RGB')[0].size is not None
+        assert read_or_substitute(dataset, 0, 'RGB')[0].size is not None
 
 
 def test_images_that_are_all_broken_are_an_error(tmp_path):
     for i in range(12):
         (tmp_path / f'{i}.jpg').write_bytes(b'not an image')
-    refused('--data-dir', '0.jpg', call=read_or_another, args=(open_dataset('', str(tmp_path), 'train'), 0, 'RGB'))
+    with refused('data_dir', '0.jpg'):
+        read_or_substitute(open_dataset('', str(tmp_path)), 0, 'RGB')
 
 
-def test_a_run_of_unreadable_neighbours_is_passed_over(tmp_path):
+def test_a_run_of_unreadable_neighbours_is_replaced(tmp_path):
     """An interrupted copy, the second files of a Mac: half of the images, the first ones in name order."""
     for i in range(60):
         path = tmp_path / f'{i:03}.png'
         path.write_bytes(b'') if i < 30 else picture(i).save(path)
     dataset = open_dataset('', str(tmp_path), 'train')
-    taken = [read_or_another(dataset, i, 'RGB') for i in range(60)]
-    assert [names[:1] for _, _, names in taken] == [[str(tmp_path / f'{i:03}.png')] if i < 30 else [] for i in range(60)]
+    taken = [read_or_substitute(dataset, i, 'RGB') for i in range(60)]
+    for i, (_, _, names) in enumerate(taken):
+        assert names[:1] == ([str(tmp_path / f'{i:03}.png')] if i < 30 else [])
     assert all(len(names) == len(set(names)) < 10 for _, _, names in taken)
-    again = read_or_another(dataset, 7, 'RGB')
+    again = read_or_substitute(dataset, 7, 'RGB')
     assert again[2] == taken[7][2] and np.array_equal(np.asarray(again[0]), np.asarray(taken[7][0]))
 
 
 @pytest.mark.parametrize('rank,local_rank,turn', [(0, 0, 0), (1, 1, 2), (8, 0, 1), (9, 1, 2)])
-def test_of_many_processes_the_first_downloads_first_then_one_of_each_node(rank, local_rank, turn, monkeypatch, tmp_path):
+def test_rank_zero_downloads_first_then_one_process_of_each_node(rank, local_rank, turn, monkeypatch, tmp_path):
     happened = []
     monkeypatch.setenv('LOCAL_RANK', str(local_rank))
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'get_rank', lambda: rank)
     monkeypatch.setattr(dist, 'barrier', lambda: happened.append('barrier'))
     monkeypatch.setattr('timm_cgh.data.sources.create_dataset', lambda *_, **__: happened.append('opened') or [None])
-    open_dataset('torch/cifar10', str(tmp_path), download=True)
+    open_dataset('torch/cifar10', str(tmp_path), dataset_download=True)
     assert happened == ['barrier'] * turn + ['opened'] + ['barrier'] * (2 - turn)
     happened.clear()
     open_dataset('torch/cifar10', str(tmp_path))
@@ -279,7 +289,7 @@ def test_of_many_processes_the_first_downloads_first_then_one_of_each_node(rank,
 
 
 @pytest.mark.parametrize('tar', [False, True])
-def test_images_of_other_formats_are_found_and_timm_is_left_as_it_was(tar, tmp_path):
+def test_images_of_other_formats_are_found_and_timms_list_is_restored(tar, tmp_path):
     before = timm.data.get_img_extensions()
     for number, ending in enumerate(('jpg', 'png', 'webp', 'bmp', 'tif', 'TIFF')):
         (tmp_path / 'images' / 'cat').mkdir(parents=True, exist_ok=True)
@@ -301,12 +311,9 @@ def test_a_tar_of_any_size_is_read_as_it_is(tmp_path, monkeypatch):
 
 
 def test_a_class_map_that_lacks_a_class_of_a_parquet_is_refused(tmp_path):
-    datasets = pytest.importorskip('datasets')
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['ant', 'bee', 'cat']))
-    columns = dict(image=[picture(i) for i in range(3)], label=[0, 1, 2])
-    (tmp_path / 'set').mkdir()
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / 'set' / 'train.parquet'))
-    args = (f"hfds/{tmp_path / 'set'}", str(tmp_path / 'cache'))
-    refused('--class-map', 'bee', args=args, class_map={'ant': 0, 'cat': 1})
-    dataset = open_dataset(*args, class_map={'ant': 0, 'bee': 1, 'cat': 1})
+    folder = write_parquet(tmp_path / 'set', PICTURES, labels=[0, 1, 2], classes=['ant', 'bee', 'cat'])
+    source = f'hfds/{folder}', str(tmp_path / 'cache')
+    with refused('class_map', 'bee'):
+        open_dataset(*source, class_map={'ant': 0, 'cat': 1})
+    dataset = open_dataset(*source, class_map={'ant': 0, 'bee': 1, 'cat': 1})
     assert [read_image(dataset, i, 'RGB')[1] for i in range(3)] == [0, 1, 1]

@@ -11,10 +11,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def run(out, processes, *args):
     worker = os.path.join(HERE, 'distributed_worker.py')
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
+              str(processes)] if processes > 1 else []
     env = dict(os.environ, PYTHONPATH=os.path.dirname(HERE), OMP_NUM_THREADS='1')
     done = subprocess.run(
-        [sys.executable, *launch, worker, str(out), *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
+        [sys.executable, *launch, worker, str(out), *map(str,
+                                                         args)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [torch.load(f'{out}-{processes}-{rank}.pt', weights_only=True) for rank in range(processes)]
 

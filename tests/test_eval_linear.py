@@ -1,11 +1,5 @@
 """Linear evaluation: its parts, and eval_linear.py by its command line."""
 import csv
-import importlib
-import json
-import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -13,61 +7,39 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import eval_linear as script
 from conftest import REPOSITORY
+from evaluations import CONFIG, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving
+from input_errors import check_refused
+from script_runner import run_torchrun
 from timm_cgh.data import Digits
 from timm_cgh.errors import InputError
-from timm_cgh.eval import create_eval_loader
-from timm_cgh.eval.classifier import as_classifier, class_names, top_accuracy
+from timm_cgh.eval.classifier import as_classifier, top_accuracy
 from timm_cgh.eval.crops import BlockSampler, CropLoader
-from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, losses_of
-from timm_cgh.hub import export_backbone
-from timm_cgh.models.weights import weights_digest
-
-CONFIG = dict(input_size=(1, 16, 16), mean=(0.3,), std=(0.37,), interpolation='bilinear')
-DIGITS = ['--dataset', 'digits', '--in-chans', '1', '--batch-size', '256', '--workers', '0', '--device', 'cpu']
-
-
-@pytest.fixture(scope='module')
-def encoder(tmp_path_factory):
-    """Export folder of a small backbone."""
-    torch.manual_seed(0)
-    model = timm.create_model('test_resnet', num_classes=0, in_chans=1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)  # statistics that would show if they were touched
-    return export_backbone(model, tmp_path_factory.mktemp('run') / 'export', **CONFIG)
+from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, head_losses
+from timm_cgh.models.checkpoints import weights_digest
+from timm_cgh.models.export import export_backbone
 
 
 def linear(encoder, output, *args):
     """Exit code and results of a run in this process."""
-    script = importlib.import_module('eval_linear')
-    results = output.parent / f'{output.name}.json'
-    handlers = list(logging.getLogger().handlers)
-    try:
-        code = script.cli([str(a) for a in (
-            '--model', f'local-dir:{encoder}', *DIGITS, '--output', output, '--results-file', results, *args)])
-    finally:
-        logging.getLogger().handlers = handlers  # each call adds one, to the standard error of its own test
-    found = json.loads(results.read_text()) if results.exists() else None
-    return code, found[0] if isinstance(found, list) else found
+    return evaluate('eval_linear', encoder, output, *args)
 
 
-def refused(capsys, *args):
-    with pytest.raises(SystemExit) as stop:
-        linear(*args)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def heads_of(output):
+def read_heads(output):
     return torch.load(output / 'last.pth.tar', weights_only=True)['heads']
+
+
+def read_summary(output):
+    with open(output / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
 
 
 def fit(heads, loader, lrs, epochs=3):
     optimizer = torch.optim.SGD([dict(g, lr=lr) for g, lr in zip(heads.param_groups(), lrs)], momentum=0.9)
     for epoch in range(epochs):
         for features, labels, count in loader.epoch(epoch):
-            (losses_of(heads(features), labels).sum() / count).backward()
+            (head_losses(heads(features), labels).sum() / count).backward()
             optimizer.step()
             optimizer.zero_grad()
     return heads
@@ -83,14 +55,14 @@ def random_features(count=150, width=12, classes=7):
 def test_every_head_learns_what_it_would_alone():
     features, labels = random_features()
     lrs = [0.01, 0.3, 3.0]
-    together = fit(LinearHeads(12, 7, lrs), FeatureLoader(features, labels, 32), lrs)
+    together = fit(LinearHeads(12, 7, lrs), FeatureLoader(features, labels, batch_size=32), lrs)
     for i, lr in enumerate(lrs):
         alone = torch.nn.Linear(12, 7).double()
         start = LinearHeads(12, 7, [lr])
         alone.load_state_dict({'weight': start.weights[0], 'bias': start.biases[0]})
         optimizer = torch.optim.SGD(alone.parameters(), lr=lr, momentum=0.9)
         for epoch in range(3):
-            for x, y, _ in FeatureLoader(features, labels, 32).epoch(epoch):
+            for x, y, _ in FeatureLoader(features, labels, batch_size=32).epoch(epoch):
                 optimizer.zero_grad()
                 F.cross_entropy(alone(x.double()), y).backward()
                 optimizer.step()
@@ -98,15 +70,15 @@ def test_every_head_learns_what_it_would_alone():
         torch.testing.assert_close(together.biases[i].double(), alone.bias, rtol=1e-3, atol=1e-4)
 
 
-def test_head_that_diverges_leaves_the_others_alone():
+def test_a_head_that_diverges_does_not_affect_the_others():
     features, labels = random_features()
-    loader = FeatureLoader(features, labels, 32)
+    loader = FeatureLoader(features, labels, batch_size=32)
     both = fit(LinearHeads(12, 7, [0.1, 1e38]), loader, [0.1, 1e38])
     one = fit(LinearHeads(12, 7, [0.1]), loader, [0.1])
     assert not both.weights[1].isfinite().all()
     torch.testing.assert_close(both.weights[0], one.weights[0])
     results = evaluate_heads(both, features, labels)
-    assert results[1]['top1'] == 0 and best_head(results) == 0
+    assert results[1].top1 == 0 and results[1].diverged and best_head(results) == 0
 
 
 def test_heads_start_small_and_equal():
@@ -125,9 +97,9 @@ def test_accuracy_of_the_heads_equals_a_naive_count():
         order = logits.argsort(dim=1, descending=True)
         top1 = sum(int(o[0] == y) for o, y in zip(order, labels))
         top5 = sum(int(y in o[:5]) for o, y in zip(order, labels))
-        assert result['top1'] == pytest.approx(100 * top1 / 501, abs=1e-9)
-        assert result['top5'] == pytest.approx(100 * top5 / 501, abs=1e-9)
-        assert torch.equal(result['predictions'], order[:, 0])
+        assert result.top1 == pytest.approx(100 * top1 / 501, abs=1e-9)
+        assert result.top5 == pytest.approx(100 * top5 / 501, abs=1e-9)
+        assert torch.equal(result.predictions, order[:, 0])
 
 
 def test_top5_of_three_classes_counts_all():
@@ -147,7 +119,7 @@ def test_every_image_comes_once_an_epoch_over_all_processes(world_size):
         assert len(block) == samplers[0].block_size(batch)
 
 
-def test_last_batch_with_too_few_images_for_a_process_is_left_out():
+def test_last_batch_with_too_few_images_for_a_process_is_dropped():
     assert [len(BlockSampler(n, 4, 1, 0, 2, least=2)) for n in (16, 19, 20)] == [2, 2, 3]
     with pytest.raises(InputError, match='too few'):
         BlockSampler(3, 4, 1, 0, 2, least=2)
@@ -155,8 +127,9 @@ def test_last_batch_with_too_few_images_for_a_process_is_left_out():
 
 def test_crops_depend_on_seed_epoch_and_image_alone():
     def batches(epoch, **kwargs):
-        torch.rand(3)  # the process's own generator does not matter
-        return [(x, y) for x, y, _ in CropLoader(digits, CONFIG, 16, **{'seed': 1, **kwargs}).epoch(epoch)]
+        torch.rand(3)  # the state of the global generator does not matter
+        loader = CropLoader(digits, CONFIG, **{'batch_size': 16, 'seed': 1, **kwargs})
+        return [(x, y) for x, y, _ in loader.epoch(epoch)]
 
     digits = torch.utils.data.Subset(Digits('train', 'L'), range(40))
     first = batches(0)
@@ -183,16 +156,11 @@ def test_backbone_and_head_are_one_timm_classifier(name):
     assert model.num_classes == 6 and weights_digest(backbone) == digest
 
 
-def test_digest_sees_a_single_bit():
+def test_digest_changes_with_a_single_bit():
     model = timm.create_model('test_resnet', num_classes=0)
     before = weights_digest(model)
     next(model.buffers()).view(-1)[0].add_(1e-7)
     assert weights_digest(model) != before
-
-
-def test_names_of_the_classes():
-    assert class_names(Digits('train', 'L'), 10) == [str(i) for i in range(10)]
-    assert class_names(Digits('train', 'L'), 9) is None
 
 
 # ---- the command line
@@ -202,9 +170,10 @@ RATES = ['3', '30', '100']
 
 @pytest.fixture(scope='module')
 def augmented(encoder, tmp_path_factory):
-    """A run with augmentation, all the files it leaves."""
+    """Folder and results of a run with augmentation."""
     output = tmp_path_factory.mktemp('linear') / 'augmented'
-    code, results = linear(encoder, output, '-b', '64', '--epochs', '4', '--val-interval', '2', '--lr', *RATES)
+    code, results = linear(
+        encoder, output, '-b', '64', '--epochs', '4', '--val-interval', '2', '--lr', *RATES)
     assert code == 0
     return output, results
 
@@ -215,8 +184,7 @@ def test_run_reports_the_best_and_all_heads(augmented):
     assert results['top1'] == max(head['top1'] for head in results['heads'].values())
     assert results['top1'] > 20 and results['top5'] >= results['top1']
     assert results['top1_err'] == pytest.approx(100 - results['top1'])
-    with open(output / 'summary.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_summary(output)
     assert [r['epoch'] for r in rows] == ['0', '1', '2', '3']
     assert [bool(r['eval_top1_lr3']) for r in rows] == [False, True, False, True]
     for name in ('confusion.png', 'classes.png'):
@@ -234,14 +202,10 @@ def test_backbone_is_bit_identical_after_training(encoder, augmented):
 
 def test_export_is_a_timm_classifier_of_the_reported_accuracy(augmented):
     output, results = augmented
-    model = timm.create_model(f'local-dir:{output}/export', pretrained=True).eval()
+    model = load_export(output / 'export')
     assert model.num_classes == 10
     assert model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
-    digits = Digits('validation', 'L')
-    (images, labels), = create_eval_loader(digits, CONFIG, batch_size=len(digits))
-    with torch.no_grad():
-        top1 = 100 * (model(images).argmax(dim=1) == labels).double().mean().item()
-    assert top1 == pytest.approx(results['top1'], abs=1e-3)
+    assert exported_top1(output) == pytest.approx(results['top1'], abs=1e-3)
 
 
 def test_best_of_several_rates_is_as_good_as_each_alone(encoder, augmented, tmp_path):
@@ -260,28 +224,21 @@ def test_cached_features_learn_the_digits(encoder, tmp_path):
 def test_resumed_run_equals_an_uninterrupted_one(encoder, tmp_path, monkeypatch, cached):
     args = ['--epochs', '2', '--lr', '1', '10', '--val-interval', '1', *cached]
     linear(encoder, tmp_path / 'whole', *args)
-    script = importlib.import_module('eval_linear')
-    save_state = script.save_state
-
-    def killed(*a, **k):
-        save_state(*a, **k)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, 'save_state', killed)
+        stop_after_saving(patch)
         linear(encoder, tmp_path / 'broken', *args)
     assert torch.load(tmp_path / 'broken' / 'last.pth.tar', weights_only=True)['epoch'] == 1
     code, _ = linear(encoder, tmp_path / 'broken', *args, '--resume', 'auto')
     assert code == 0
-    whole, resumed = heads_of(tmp_path / 'whole'), heads_of(tmp_path / 'broken')
+    whole, resumed = read_heads(tmp_path / 'whole'), read_heads(tmp_path / 'broken')
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-    with open(tmp_path / 'broken' / 'summary.csv', newline='') as file:
-        assert [r['epoch'] for r in csv.DictReader(file)] == ['0', '1']
+    assert [r['epoch'] for r in read_summary(tmp_path / 'broken')] == ['0', '1']
 
 
 def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
-    assert '--resume auto' in refused(capsys, encoder, augmented[0], '--epochs', '4')
+    argv = ['--model', f'local-dir:{encoder}', *DIGITS, '--output', augmented[0], '--epochs', '4']
+    check_refused(capsys, script, argv, f'--output {augmented[0]}: holds a run; --resume auto')
 
 
 @pytest.mark.parametrize('args, named', [
@@ -292,14 +249,15 @@ def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
     (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--mean', '0.1'], 'another input'),
     (['--resume', 'missing.pth.tar'], 'no such file'),
     (['--lr', '-1'], '--lr'),
-    (['--scale', '0.9', '0.2'], '--scale'),
+    (['--scale', '0.9', '0.2'], '--scale 0.9 0.2: the first must not exceed the second'),
 ])
-def test_refusals_are_one_line(encoder, augmented, capsys, args, named):
-    assert named in refused(capsys, encoder, augmented[0], *args)
+def test_bad_input_is_one_line_that_names_the_option(encoder, augmented, capsys, args, named):
+    argv = ['--model', f'local-dir:{encoder}', *DIGITS, '--output', augmented[0], *args]
+    check_refused(capsys, script, argv, named)
 
 
-def test_crops_beyond_float16_are_taken_again_in_float32(encoder, tmp_path):
-    model = timm.create_model(f'local-dir:{encoder}', pretrained=True)
+def test_crops_with_features_beyond_float16_run_again_in_float32(encoder, tmp_path):
+    model = load_export(encoder)
     with torch.no_grad():
         [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)][-1].weight.mul_(1e7)
     large = export_backbone(model, tmp_path / 'large', **CONFIG)
@@ -307,7 +265,7 @@ def test_crops_beyond_float16_are_taken_again_in_float32(encoder, tmp_path):
     assert code == 0 and results['top1'] > 10
 
 
-def test_rates_that_all_diverge_end_with_a_word(encoder, tmp_path, caplog):
+def test_a_run_whose_heads_all_diverge_ends_with_exit_code_1(encoder, tmp_path, caplog):
     code, results = linear(encoder, tmp_path / 'wild', '--cache-features', '--epochs', '3', '--lr', '1e38')
     assert code == 1 and results is None
     assert 'diverged' in caplog.text
@@ -315,7 +273,6 @@ def test_rates_that_all_diverge_end_with_a_word(encoder, tmp_path, caplog):
 
 @pytest.mark.parametrize('config, lr', [('small', 3.0), ('imagenet', 0.3)])
 def test_configs_hold_the_protocols_of_the_paper(config, lr):
-    script = importlib.import_module('eval_linear')
     args = script.parser.parse(['-c', str(REPOSITORY / 'configs' / f'eval_linear_{config}.yaml')])
     assert (args.lr, args.epochs, args.batch_size, args.momentum, args.weight_decay) == ([lr], 100, 256, 0.9, 0)
     assert args.scale == [0.08, 1.0] and not args.cache_features
@@ -325,14 +282,10 @@ def test_two_processes_equal_one_with_the_same_global_batch(encoder, tmp_path):
     args = ['--epochs', '2', '--lr', '1', '10']
     code, one = linear(encoder, tmp_path / 'one', *args)
     assert code == 0
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-         str(REPOSITORY / 'eval_linear.py'), '--model', f'local-dir:{encoder}', *DIGITS, '--batch-size', '128', *args,
-         '--output', str(tmp_path / 'two')],
-        env=env, capture_output=True, text=True, timeout=240)
+    done = run_torchrun(
+        'eval_linear.py', '--model', f'local-dir:{encoder}', *DIGITS, '--batch-size', '128', *args,
+        '--output', tmp_path / 'two')
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, value in heads_of(tmp_path / 'one').items():
-        torch.testing.assert_close(heads_of(tmp_path / 'two')[name], value, rtol=1e-3, atol=1e-4)
-    two = json.loads(done.stdout[done.stdout.index('{'):])
-    assert two['top1'] == pytest.approx(one['top1'], abs=0.3)  # one image at the border
+    for name, value in read_heads(tmp_path / 'one').items():
+        torch.testing.assert_close(read_heads(tmp_path / 'two')[name], value, rtol=1e-3, atol=1e-4)
+    assert printed_results(done.stdout)['top1'] == pytest.approx(one['top1'], abs=0.3)  # one image at the border

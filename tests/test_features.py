@@ -38,7 +38,7 @@ def images_of(loader):
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
-def test_small_images_of_native_size_pass_untouched():
+def test_small_images_of_the_right_size_are_not_changed():
     data = Noise()
     images, labels = images_of(create_eval_loader(data, config(), batch_size=4))
     expected = torch.from_numpy(data.pixels).permute(0, 3, 1, 2) / 255
@@ -64,7 +64,7 @@ def test_subsets_streams_and_workers_give_every_image_once(workers):
     assert torch.equal(stream, images) and len(labels) == 10
 
 
-def test_the_data_set_of_training_is_left_alone():
+def test_the_transform_of_the_data_set_is_not_changed():
     data = timm.data.ImageDataset.__new__(timm.data.ImageDataset)
     data.transform = marker = object()
     create_eval_loader(data, config())
@@ -104,7 +104,7 @@ def test_features_only_models_give_the_average_of_their_last_map():
     assert torch.allclose(extract_features(model, loader)[0], expected, atol=1e-6)
 
 
-def test_training_flags_statistics_and_random_state_are_left_as_they_were():
+def test_training_flags_statistics_and_random_state_do_not_change():
     model = timm.create_model('test_resnet', num_classes=0).train()
     model.layer2.eval()
     model.layer2[0].bn1.train()
@@ -142,7 +142,7 @@ def test_autocast_features_come_back_as_float32():
     assert (half - full).norm() < 0.05 * full.norm()
 
 
-def test_features_beyond_float16_are_taken_again_in_float32():
+def test_features_beyond_float16_run_again_in_float32():
     model = timm.create_model('test_resnet', num_classes=0).eval()
     with torch.no_grad():
         model.bn1.weight.fill_(1e6)

@@ -1,3 +1,4 @@
+"""The kNN vote, against scikit-learn's."""
 import numpy as np
 import pytest
 import torch
@@ -5,6 +6,8 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from timm_cgh.eval import best_knn, knn_accuracy, knn_predict
+from timm_cgh.eval.gather import block_indices
+from timm_cgh.eval.knn import nearest_neighbors
 
 
 def clusters(count, dim, classes, seed, spread=1.5):
@@ -44,13 +47,23 @@ def test_predictions_on_real_digits_equal_scikit_learns():
     assert best_knn(ours)[1] > 95
 
 
-def test_chunk_size_changes_nothing():
+def test_predictions_do_not_depend_on_the_chunk_size():
     train, train_labels = clusters(300, 8, 4, 0)
     test, _ = clusters(101, 8, 4, 1)
     whole = knn_predict(*tensors(train, train_labels, test), chunk=1000)
     for chunk in (1, 50):
         parts = knn_predict(*tensors(train, train_labels, test), chunk=chunk)
         assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize('world_size', (2, 3, 5))
+def test_shares_of_the_ranks_get_the_predictions_of_one_process(world_size):
+    train, labels, test = tensors(*clusters(300, 8, 4, 0), clusters(101, 8, 4, 1)[0])
+    whole = knn_predict(train, labels, test, chunk=32)
+    for rank in range(world_size):
+        share = block_indices(len(test), 32, rank, world_size)
+        predicted = knn_predict(train, labels, test[share], chunk=32)
+        assert all(torch.equal(predicted[k], whole[k][share]) for k in whole)
 
 
 def test_labels_may_be_any_integers():
@@ -62,13 +75,13 @@ def test_labels_may_be_any_integers():
     assert torch.equal(torch.from_numpy(names)[plain], renamed)
 
 
-def test_only_neighbour_counts_that_fit_are_reported():
+def test_only_k_up_to_the_number_of_training_images_are_reported():
     train, labels = clusters(50, 8, 3, 0)
     assert list(knn_predict(*tensors(train, labels, train))) == [10, 20]
     assert list(knn_predict(*tensors(train[:7], labels[:7], train))) == [7]
 
 
-def test_of_equally_near_images_the_earlier_ones_vote():
+def test_the_earlier_of_equally_near_images_vote():
     train = torch.ones(1000, 4)
     labels = torch.arange(1000) % 7 + 1
     labels[:3] = torch.tensor([5, 5, 6])
@@ -84,7 +97,30 @@ def test_a_tie_at_the_last_place_keeps_the_nearer_images():
     assert knn_predict(train, labels, torch.tensor([[0., 1]]), ks=(4,), temperature=100.)[4].item() == 1
 
 
-def test_of_classes_with_equal_votes_the_smaller_label_wins():
+def test_neighbours_among_many_equals_are_the_earliest():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randint(2, (n, 16), generator=generator) * 2. - 1 for n in (5003, 6))  # exact similarities
+    expected = (test.double() @ train.T.double()).sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(nearest_neighbors(train, test, 40), expected[:, :40])
+
+
+def test_votes_of_many_training_images_equal_a_float64_reference():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(9001, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    labels = torch.randint(7, (9001,), generator=generator)
+    similarity = torch.nn.functional.normalize(test.double()) @ torch.nn.functional.normalize(train.double()).T
+    near = similarity.topk(50, dim=1)
+    votes = torch.zeros(40, 7, dtype=torch.double).scatter_add_(1, labels[near.indices], (near.values / 0.07).exp())
+    assert torch.equal(knn_predict(train, labels, test, ks=(50,))[50], votes.argmax(dim=1))
+    assert torch.equal(nearest_neighbors(train, test, 50), near.indices)
+
+
+def test_no_test_images_give_no_predictions():  # a rank's share where there are fewer chunks than ranks
+    predicted = knn_predict(torch.ones(30, 4), torch.arange(30), torch.empty(0, 4), ks=(1, 10))
+    assert [len(p) for p in predicted.values()] == [0, 0]
+
+
+def test_the_smaller_label_wins_among_equal_votes():
     train = torch.ones(4, 3)
     assert knn_predict(train, torch.tensor([9, 9, 4, 4]), torch.ones(1, 3), ks=(4,))[4].item() == 4
 
@@ -103,7 +139,7 @@ def test_extreme_temperatures_do_not_overflow():
     assert torch.equal(cold[50], cold[1])
 
 
-def test_images_without_label_are_left_out():
+def test_unlabelled_images_do_not_count():
     train, labels = clusters(200, 8, 4, 0)
     test, test_labels = clusters(60, 8, 4, 1)
     train, labels, test, test_labels = tensors(train, labels, test, test_labels)
@@ -112,7 +148,7 @@ def test_images_without_label_are_left_out():
     assert knn_accuracy(train, labels, test, test_labels) == expected
 
 
-def test_best_is_the_highest_accuracy_of_the_smallest_k():
+def test_best_is_the_smallest_k_of_the_highest_accuracy():
     assert best_knn({200: 50.0, 20: 61.5, 10: 40.0, 100: 61.5}) == (20, 61.5)
 
 
@@ -124,7 +160,7 @@ def test_best_is_the_highest_accuracy_of_the_smallest_k():
     (dict(train_labels=torch.zeros(3)), '4 training features, but 3 labels'),
     (dict(test_features=torch.full((1, 3), float('nan'))), 'not finite'),
 ))
-def test_impossible_requests_are_refused(change, message):
+def test_impossible_arguments_raise(change, message):
     request = dict(train_features=torch.ones(4, 3), train_labels=torch.arange(4), test_features=torch.ones(2, 3))
     with pytest.raises(ValueError, match=message):
         knn_predict(**{**request, **change})

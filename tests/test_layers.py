@@ -19,7 +19,8 @@ def naive_bank(size, dim, batches, start):
     return rows
 
 
-@pytest.mark.parametrize('size,batches', [(10, [3, 3, 3, 3, 3]), (4, [9, 1, 2]), (7, [7, 7]), (5, [0, 1, 12]), (1, [2])])
+@pytest.mark.parametrize('size,batches', [(10, [3, 3, 3, 3, 3]), (4, [9, 1, 2]), (7, [7, 7]), (5, [0, 1, 12]), (1,
+                                                                                                                [2])])
 def test_bank_wraps_around_for_any_batch_size(size, batches):
     bank = MemoryBank(size, 6)
     start = bank.embeddings.clone()
@@ -63,7 +64,8 @@ def test_hypercolumn_is_resize_concatenate_mix_average():
     hypercolumn = Hypercolumn([5, 7], 6).train()
     stack = torch.cat([F.interpolate(maps[0], size=(4, 4), mode='bilinear', align_corners=False), maps[1]], dim=1)
     mixed = torch.einsum('bchw,dc->bdhw', stack, hypercolumn.conv.weight[:, :, 0, 0])
-    mixed = (mixed - mixed.mean((0, 2, 3), keepdim=True)) / (mixed.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    mixed = (mixed - mixed.mean((0, 2, 3), keepdim=True)) / (mixed.var((0, 2, 3), unbiased=False,
+                                                                       keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(hypercolumn(maps), mixed.relu().mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 

@@ -3,11 +3,12 @@ import copy
 
 import pytest
 import torch
-from test_loss import loss_and_grad, reference_info_nce, reference_relation, relative_error, unit
 
-from timm_cgh import ContextEncoder, Contexts, CrossContextLoss, MemoryBank, create_task, info_nce, relation_cross_entropy
+from input_errors import refused
+from test_loss import loss_and_grad, reference_info_nce, reference_relation, relative_error, unit
+from timm_cgh import (
+    ContextEncoder, Contexts, CrossContextLoss, MemoryBank, create_task, info_nce, relation_cross_entropy)
 from timm_cgh.data import multi_crop, two_views
-from timm_cgh.errors import InputError
 
 SMALL = dict(bank_size=50, hidden_dim=32, embed_dim=16)
 
@@ -115,15 +116,15 @@ def test_default_crops_are_those_of_the_authors_code():
     assert [view.scale for view in given[1:]] == [(0.3, 1), (0.05, 0.3), (0.1, 0.4)]
 
 
-@pytest.mark.parametrize('sizes, scales, flag', [
-    ([192, 96], None, '--multi-crop 192 96'),
-    ([224, 256], None, '--multi-crop 224 256'),
-    ([224, 96], [0.2, 1.0], '--multi-crop-scale'),
-    ([224, 96], [0.2, 1.0, 0.5, 0.1], '--multi-crop-scale'),
-    ([224, 96], [0.2, 1.0, 0.1], '--multi-crop-scale'),
+@pytest.mark.parametrize('sizes, scales, at_fault', [
+    ([192, 96], None, 'multi_crop=192 96'),
+    ([224, 256], None, 'multi_crop=224 256'),
+    ([224, 96], [0.2, 1.0], 'multi_crop_scale=0.2 1'),
+    ([224, 96], [0.2, 1.0, 0.5, 0.1], 'multi_crop_scale=0.2 1 0.5 0.1'),
+    ([224, 96], [0.2, 1.0, 0.1], 'multi_crop_scale=0.2 1 0.1'),
 ])
-def test_crops_that_cannot_be_are_refused(sizes, scales, flag):
-    with pytest.raises(InputError, match=flag):
+def test_sizes_and_scales_out_of_bounds_are_refused(sizes, scales, at_fault):
+    with refused(at_fault, 'must'):
         multi_crop(two_views(224), sizes, scales)
 
 

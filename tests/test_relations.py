@@ -1,21 +1,19 @@
-import csv
 import math
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
-from timm_cgh.eval.relations import (
-    RelationCounts, RelationTracker, Selection, count_relations, main, relation_columns, relation_curve, save_relations,
-    selection_text)
-from timm_cgh.task import Meter
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+import plot
+from input_errors import check_refused
+from naive_relations import naive
+from run_folders import write_run
+from script_runner import run_script
+from timm_cgh.plots import relation_curve, save_relations
+from timm_cgh.task.positives import RelationCounts, RelationTracker, Selection, count_relations, relation_columns
+from timm_cgh.train.meter import Meter
 
 
 def case(batch=13, size=97, dim=8, classes=4, seed=0):
@@ -29,22 +27,6 @@ def case(batch=13, size=97, dim=8, classes=4, seed=0):
     labels[::5] = -1
     bank_labels[::3] = -1
     return z, bank, labels, bank_labels
-
-
-def naive(z, bank, temperature, labels, bank_labels, chosen):
-    """One pair after the other; `chosen(p)` gives the selected entries of one image's distribution, float64."""
-    tp = fp = fn = 0
-    for row, label in zip(z.double(), labels.tolist()):
-        similarities = [float(row @ entry) / temperature for entry in bank.double()]
-        total = sum(math.exp(s - max(similarities)) for s in similarities)
-        picked = chosen([math.exp(s - max(similarities)) / total for s in similarities])
-        for entry, other in enumerate(bank_labels.tolist()):
-            if label < 0 or other < 0:
-                continue
-            tp += entry in picked and other == label
-            fp += entry in picked and other != label
-            fn += entry not in picked and other == label
-    return tp, fp, fn
 
 
 @pytest.mark.parametrize('multiple', [1.0, 2.5, 10.0])
@@ -81,7 +63,7 @@ def test_counts_do_not_depend_on_chunks_and_add_up_over_batches(selection):
     assert whole == count_relations(z, bank, 0.1, labels, bank_labels, selection, chunk_values=1)
     assert whole == count_relations(z, bank, 0.1, labels, bank_labels, selection, chunk_values=7 * 200)
     parts = [count_relations(z[s], bank, 0.1, labels[s], bank_labels, selection) for s in (slice(9), slice(9, None))]
-    assert whole == parts[0].plus(parts[1])
+    assert whole == tuple(map(sum, zip(*parts)))
 
 
 def test_the_distribution_is_over_the_whole_bank_but_only_labelled_entries_count():
@@ -120,7 +102,7 @@ def test_an_unlabelled_bank_gives_no_counts_and_no_columns():
     (dict(selection=Selection(97.0)), 'nothing would be selected'),
     (dict(selection=Selection(None, 98)), 'more than the bank'),
 ])
-def test_what_does_not_fit_is_refused(change, match):
+def test_shapes_temperatures_and_selections_that_do_not_fit_are_refused(change, match):
     z, bank, labels, bank_labels = case()
     values = dict(embeddings=z, bank=bank, temperature=0.1, labels=labels, bank_labels=bank_labels)
     with pytest.raises(ValueError, match=match):
@@ -133,7 +115,7 @@ def test_what_does_not_fit_is_refused(change, match):
 ])
 def test_selection_is_read_from_its_short_form_and_back(text, selection):
     assert Selection.parse(text) == selection
-    assert Selection.parse(str(selection)) == Selection.parse(selection_text(text)) == selection
+    assert Selection.parse(str(selection)) == Selection.parse(Selection.normalize(text)) == selection
 
 
 @pytest.mark.parametrize('text', ['', '10', '0/K', 'top0', 'top', '-3/K', '1e3/K', 'True', 'nan/K', '10/Km'])
@@ -150,7 +132,7 @@ class Bank(torch.nn.Module):
 
 def test_an_epochs_columns_are_ratios_of_sums_over_its_measured_steps():
     tracker = RelationTracker(Selection(3.0), {'global': 0.1, 'hyper': 0.2})
-    meter, sums = Meter(), {'global': RelationCounts(), 'hyper': RelationCounts()}
+    meter, measured = Meter(), {'global': [], 'hyper': []}
     for step in range(6):
         result = {'loss': torch.tensor(float(step))}
         if step % 2:  # measured now and then: batches of different classes, hence different weights
@@ -159,16 +141,17 @@ def test_an_epochs_columns_are_ratios_of_sums_over_its_measured_steps():
             result.update(tracker((z, z), labels, banks))
             for name, temperature in tracker.temperatures.items():
                 counts = count_relations(z, banks[name].embeddings, temperature, labels, bank_labels, Selection(3.0))
-                sums[name] = sums[name].plus(counts)
+                measured[name].append(counts)
         meter.update(result)
     columns = relation_columns(meter.read())
     assert columns.pop('loss') == 2.5
+    sums = {name: RelationCounts(*map(sum, zip(*counts))) for name, counts in measured.items()}
     assert columns == {
         f'{kind}_{name}': pytest.approx(getattr(counts, kind), rel=1e-6)
         for name, counts in sums.items() for kind in ('recall', 'precision')}
 
 
-# ---- the picture and the command
+# ---- the plot and the command
 
 
 def rows(context, epochs=20, shift=0.0):
@@ -177,50 +160,34 @@ def rows(context, epochs=20, shift=0.0):
         for e in range(epochs)]
 
 
-def write_run(folder, table, **args):
-    folder.mkdir()
-    names = list(dict.fromkeys(name for row in table for name in row))
-    with open(folder / 'summary.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(table)
-    with open(folder / 'args.yaml', 'w') as file:
-        yaml.safe_dump({'context': 'cross', 'bank_size': 4096, 'track_relations': '10/K', **args}, file)
-    return folder
+def write_tracked(folder, table, **args):
+    return write_run(folder, table, **{'context': 'cross', 'bank_size': 4096, 'track_relations': '10/K', **args})
 
 
 @pytest.fixture
 def runs(tmp_path):
-    cgh = write_run(tmp_path / 'cgh', rows('hyper', shift=9))
-    return cgh, write_run(tmp_path / 'ressl', rows('global'), context='global')
-
-
-def picture(path):
-    from matplotlib.image import imread
-    return imread(path)
+    cgh = write_tracked(tmp_path / 'cgh', rows('hyper', shift=9))
+    return cgh, write_tracked(tmp_path / 'ressl', rows('global'), context='global')
 
 
 def test_the_command_draws_the_two_runs(tmp_path, runs):
-    pytest.importorskip('matplotlib', reason='drawn by matplotlib')
-    env = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')
-    out = tmp_path / 'out'
-    out.mkdir()
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_cgh.eval.relations', *map(str, runs), '--out', str(out / 'fig2.png')],
-        env=env, capture_output=True, text=True, timeout=120)
+    imread = pytest.importorskip('matplotlib.image').imread
+    out = tmp_path / 'out' / 'fig2.png'
+    out.parent.mkdir()
+    done = run_script('plot.py', 'relations', *runs, '--out', out)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert os.listdir(out) == ['fig2.png'] and done.stdout.strip() == str(out / 'fig2.png')
-    height, width = picture(out / 'fig2.png').shape[:2]
+    assert os.listdir(out.parent) == ['fig2.png'] and done.stdout.strip() == str(out)
+    height, width = imread(out).shape[:2]
     assert width >= 1000 and height >= 400
     expected = [
         relation_curve(rows('hyper', shift=9), 'hyper', 'CGH, hypercolumn relation'),
         relation_curve(rows('global'), 'global', 'ReSSL, global relation')]
     title = "Positives that the teacher's relations select"
     save_relations(expected, tmp_path / 'direct.png', Selection(), [4096], title)
-    assert (picture(out / 'fig2.png') == picture(tmp_path / 'direct.png')).all()
+    assert (imread(out) == imread(tmp_path / 'direct.png')).all()
 
 
-def test_the_picture_states_threshold_and_bank_and_has_both_panels(tmp_path, monkeypatch):
+def test_the_plot_states_threshold_and_bank_and_has_both_panels(tmp_path, monkeypatch):
     pytest.importorskip('matplotlib', reason='drawn by matplotlib')
     from matplotlib.figure import Figure
     from matplotlib.text import Text
@@ -236,7 +203,7 @@ def test_the_picture_states_threshold_and_bank_and_has_both_panels(tmp_path, mon
     assert curve.label == 'hypercolumn' and curve.recall == ([1, 2, 3], [20, 21, 22])
     for selection, words in (
             (Selection(2.5), '2.5 / K (K = 4096 and 512)'),
-            (Selection(None, 7), 'the 7 bank entries')):
+            (Selection(None, 7), "the teacher's 7 most probable bank entries")):
         assert save_relations([curve], tmp_path / 'a.png', selection, [4096, None, 512])
         assert any(words in text.get_text() for text in seen[-1].findobj(Text))
     lines = [axes.get_lines()[0].get_ydata().tolist() for axes in seen[-1].axes]
@@ -244,7 +211,7 @@ def test_the_picture_states_threshold_and_bank_and_has_both_panels(tmp_path, mon
     assert [axes.get_title(loc='left') for axes in seen[-1].axes] == ['Recall', 'Precision']
 
 
-def test_blank_and_late_values_are_passed_over(tmp_path):
+def test_blank_and_late_values_are_skipped(tmp_path):
     table = [{'epoch': '0', 'train_recall_global': ''}, {'epoch': '4', 'train_recall_global': '12.5'}, {'epoch': 5}]
     curve = relation_curve(table, 'global')
     assert curve.recall == ([5], [12.5]) and curve.precision == ([], [])
@@ -253,38 +220,31 @@ def test_blank_and_late_values_are_passed_over(tmp_path):
     assert save_relations([], tmp_path / 'b.png', Selection())
 
 
-def test_without_matplotlib_the_command_says_so(tmp_path, runs, monkeypatch, capsys):
+def test_without_matplotlib_the_command_names_the_package(tmp_path, runs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    check_refused([*runs, '--out', tmp_path / 'a.png'], 'pip install matplotlib', capsys)
+    check_refused(capsys, plot, ['relations', *runs, '--out', tmp_path / 'a.png'], 'pip install matplotlib')
     assert not (tmp_path / 'a.png').exists()
 
 
-def check_refused(argv, text, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, argv)))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count('\n') == 1 and text in error
-
-
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, runs, capsys):
+def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path, runs, capsys):
     cgh, ressl = runs
     out = tmp_path / 'fig2.png'
-    untracked = write_run(tmp_path / 'untracked', [{'epoch': 0, 'train_loss': 1}], track_relations=None)
-    other = write_run(tmp_path / 'other', rows('global'), context='global', track_relations='top20')
-    broken = write_run(tmp_path / 'broken', [{'step': 0, 'train_recall_hyper': 1}])
-    words = write_run(tmp_path / 'words', [{'epoch': 'one', 'train_recall_hyper': 1}])
-    odd = write_run(tmp_path / 'odd', rows('hyper'), track_relations='ten')
-    both = write_run(tmp_path / 'both', rows('global'))
+    untracked = write_tracked(tmp_path / 'untracked', [{'epoch': 0, 'train_loss': 1}], track_relations=None)
+    other = write_tracked(tmp_path / 'other', rows('global'), context='global', track_relations='top20')
+    broken = write_tracked(tmp_path / 'broken', [{'step': 0, 'train_recall_hyper': 1}])
+    words = write_tracked(tmp_path / 'words', [{'epoch': 'one', 'train_recall_hyper': 1}])
+    odd = write_tracked(tmp_path / 'odd', rows('hyper'), track_relations='ten')
+    both = write_tracked(tmp_path / 'both', rows('global'))
     for first, second, text in (
-            (tmp_path / 'none', ressl, 'holds no summary.csv'),
-            (untracked, ressl, '--track-relations'),
-            (ressl, cgh, 'train_recall_hyper'),
-            (broken, ressl, "no column 'epoch'"),
-            (words, ressl, 'RUN_CGH'),
-            (odd, ressl, 'track_relations ten'),
-            (cgh, both, 'was trained with --context cross, but ReSSL is --context global'),
-            (cgh, other, 'threshold top20')):
-        check_refused([first, second, '--out', out], text, capsys)
-    check_refused([cgh, ressl, '--out', tmp_path / 'fig2.jpg'], 'must end in .png', capsys)
-    check_refused([cgh, ressl, '--out', tmp_path / 'no' / 'fig2.png'], '--out', capsys)
+            (tmp_path / 'none', ressl, 'args.yaml'),
+            (untracked, ressl, f'RUN_CGH {untracked}: its summary.csv has no train_recall_hyper'),
+            (ressl, cgh, f'RUN_CGH {ressl}: trained with context global, must be cross'),
+            (broken, ressl, f"RUN_CGH {broken}: no column 'epoch'"),
+            (words, ressl, f'RUN_CGH {words}: '),
+            (odd, ressl, f'{odd}/args.yaml: track_relations=ten: must be'),
+            (cgh, both, f'RUN_RESSL {both}: trained with context cross, must be global'),
+            (cgh, other, f'RUN_RESSL {other}: measured with the threshold top20, but RUN_CGH with 10/K')):
+        assert check_refused(capsys, plot, ['relations', first, second, '--out', out], text).count('\n') == 1
+    check_refused(capsys, plot, ['relations', cgh, ressl, '--out', tmp_path / 'fig2.jpg'], 'must end in .png')
+    check_refused(capsys, plot, ['relations', cgh, ressl, '--out', tmp_path / 'no' / 'fig2.png'], '--out ')
     assert not out.exists()

@@ -3,7 +3,7 @@ import timm
 import torch
 from timm.layers import DropPath
 
-from timm_cgh.models import small_resnets  # noqa: F401  registers them
+from timm_cgh.models.small_resnets import SmallResNet
 
 NAMES = ('resnet18_s1', 'resnet34_s1', 'resnet50_s1', 'resnet18_s2', 'resnet34_s2', 'resnet50_s2')
 STRIDES = {'s1': [1, 1, 2, 4, 8], 's2': [1, 2, 4, 8, 16]}
@@ -27,6 +27,7 @@ def test_timm_lists_them_as_architectures():
 @pytest.mark.parametrize('name', NAMES)
 def test_stem_is_one_3x3_stride_1_convolution(name):
     model = timm.create_model(name, num_classes=0)
+    assert isinstance(model, SmallResNet)
     assert (model.conv1.kernel_size, model.conv1.stride, model.conv1.bias) == ((3, 3), (1, 1), None)
     pools = [m for m in model.modules() if isinstance(m, torch.nn.MaxPool2d)]
     assert len(pools) == (form(name) == 's2')

@@ -1,20 +1,19 @@
 """Labels in the banks and `train.py --track-relations`."""
 import copy
 import csv
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
+
+import train as script
+from data_files import write_images
+from input_errors import check_refused
+from naive_relations import naive
 from script_runner import run_script
-from test_relations import naive
-
 from timm_cgh import MemoryBank, create_task
-from timm_cgh.eval.relations import RelationTracker, Selection
+from timm_cgh.task.positives import RelationTracker, Selection
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(bank_size=20, hidden_dim=32, embed_dim=16)
 
 
@@ -70,7 +69,7 @@ def test_a_step_measures_the_banks_as_they_are_before_it(context):
     assert ('tp_hyper' in result) == (context == 'cross') and sum(expected) > 0
 
 
-def test_tracking_changes_nothing_that_is_trained_and_is_not_paid_for_when_off():
+def test_tracking_does_not_change_training_and_costs_nothing_when_off():
     losses = []
     for labels in (False, True):
         torch.manual_seed(0)
@@ -109,9 +108,7 @@ def test_two_runs_on_digits_give_the_comparison(tmp_path):
         assert (tmp_path / name / 'relations.png').exists()
         assert yaml.safe_load((tmp_path / name / 'args.yaml').read_text())['track_relations'] == '10/K'
     out = tmp_path / 'fig2.png'
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_cgh.eval.relations', tmp_path / 'cgh', tmp_path / 'ressl', '--out', out],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = run_script('plot.py', 'relations', tmp_path / 'cgh', tmp_path / 'ressl', '--out', out)
     assert done.returncode == 0 and out.exists(), done.stderr
 
 
@@ -119,15 +116,13 @@ def test_two_runs_on_digits_give_the_comparison(tmp_path):
     (['--track-relations', 'ten'], '10/K'),
     (['--track-relations', '--bank-size', '8'], 'nothing would be selected'),
 ])
-def test_bad_thresholds_are_one_line(tmp_path, options, text):
-    done = train(*TINY, '--output', tmp_path, '--experiment', 'run', *options)
-    assert done.returncode == 2 and text in done.stderr and 'Traceback' not in done.stderr
+def test_bad_thresholds_are_refused_before_the_run_begins(tmp_path, capsys, options, text):
+    check_refused(capsys, script, [*TINY, '--output', tmp_path, '--experiment', 'run', *options], text)
     assert not (tmp_path / 'run').exists()
 
 
-def test_unlabelled_images_are_refused(tmp_path):
-    from PIL import Image
-    for i in range(4):
-        Image.new('L', (16, 16), i).save(tmp_path / f'{i}.png')
-    done = train(*TINY[2:], '--data-dir', tmp_path, '--output', tmp_path, '--experiment', 'run', '--track-relations')
-    assert done.returncode == 2 and '--track-relations: needs' in done.stderr and not (tmp_path / 'run').exists()
+def test_tracking_of_unlabelled_images_is_refused(tmp_path, capsys):
+    images = write_images(tmp_path / 'images', 4, mode='L')
+    argv = [*TINY[2:], '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--track-relations']
+    check_refused(capsys, script, argv, '--track-relations: needs')
+    assert not (tmp_path / 'run').exists()

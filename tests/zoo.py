@@ -10,8 +10,8 @@ import torch
 from timm_cgh import create_task
 from timm_cgh.files import atomic_write
 
-# module -> architecture with the fewest parameters, and a small side, px, that it takes and that leaves its last map more
-# than one position (or the last batch norm of a model would see two values per channel, and gradients of 1e7)
+# module -> architecture with the fewest parameters, and a small side in px, such that its last map has more than one
+# position (or the last batch norm of a model would see two values per channel, and gradients of 1e7)
 SMALLEST = {
     'beit': ('beit_base_patch16_224', 64),
     'byoanet': ('halonet_h1', 256),

@@ -1,7 +1,7 @@
 """CGH: self-supervised pre-training of timm backbones. Importing registers the project's models with timm."""
 from .layers import Hypercolumn, MemoryBank
-from .loss import Contexts, CrossContextLoss, info_nce, relation_cross_entropy
-from .models import ContextEncoder
+from .loss import CrossContextLoss, info_nce, relation_cross_entropy
+from .models import ContextEncoder, Contexts
 from .task import CGHTask, create_task
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'

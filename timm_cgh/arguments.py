@@ -1,14 +1,22 @@
-"""Command lines of the scripts: one-line errors with exit code 2, YAML files of options, value types."""
+"""Command lines of the scripts: options from YAML files, value types, one-line errors that name the flag."""
 import argparse
+import inspect
 import math
+import os
+import re
 import sys
-from typing import Any, Callable, NoReturn, Optional, Sequence
+import traceback
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, cast
 
+import torch
 import yaml
+from timm.utils import ParseKwargs
 
-from timm_cgh.errors import InputError
+from .errors import DEBUG, InputError
 
-__all__ = ['Parser', 'at_least_one', 'fraction', 'natural', 'non_negative', 'positive']
+__all__ = [
+    'Parser', 'add_evaluation_arguments', 'arguments_of', 'at_least_one', 'fraction', 'natural',
+    'non_negative', 'positive']
 
 
 def _number(kind: type, accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -30,23 +38,59 @@ non_negative = _number(float, lambda v: v >= 0, 'a number of at least 0')
 fraction = _number(float, lambda v: 0 <= v <= 1, 'a number from 0 to 1')
 
 
+def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]:
+    """The options that a function takes as keyword arguments of the same names.
+
+    Args:
+        function: a function, or a class for its constructor
+        args: parsed options
+    """
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
 class Parser(argparse.ArgumentParser):
     """`ArgumentParser` whose errors are one line and whose options may come from a YAML file (`--config`).
 
-    A file's values pass through the same types and choices as the command line's, which overrides them. Keys are the
-    options' names with underscores, as in the `args.yaml` that a run writes.
+    Values of the file pass through the same types and choices as those of the command line, which override them. Keys
+    are the options' names with underscores, as in the `args.yaml` that a run writes.
     """
 
     def error(self, message: str) -> NoReturn:
         print(f'{self.prog}: error: {message}', file=sys.stderr)
         sys.exit(2)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """argparse hides the message of a `ValueError`, which says what is wrong with the value."""
+        if action.type is None or isinstance(action.type, type):  # int, float
+            return super()._get_value(action, text)
+        try:
+            return cast(Callable, action.type)(text)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise argparse.ArgumentError(action, str(error)) from error
+
     def run(self, main: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequence[str]] = None) -> int:
-        """The exit code of a script's `main`; an `InputError` ends it with one line and code 2."""
+        """Call a script's `main`; an `InputError` ends it with one line and exit code 2.
+
+        With `TIMM_CGH_DEBUG=1` in the environment its traceback is printed as well.
+        """
         try:
             return main(argv)
-        except InputError as error:  # from a data worker it comes with the worker's traceback before it
-            self.error(str(error).strip().splitlines()[-1].removeprefix(f'{InputError.__module__}.InputError: '))
+        except InputError as error:
+            if DEBUG:
+                traceback.print_exception(error)
+            self.error(self.with_flags(str(error)))
+
+    def with_flags(self, message: str) -> str:
+        """A message of the library with this parser's flags in place of parameter names (see `InputError`)."""
+        flags = {action.dest: max(action.option_strings, key=len, default=action.metavar) for action in self._actions}
+
+        def flag(found: re.Match) -> str:
+            name, separator = found.groups()
+            return flags[name] + {'=': ' '}.get(separator, separator) if name in flags else found[0]
+
+        message = re.sub(r'^(\w+)(=|: )', flag, message)
+        return re.sub(r'`(\w+)()`', flag, message)
 
     def parse(
             self,
@@ -76,7 +120,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f'--config {path}: {" ".join(str(error).split())}')
         if not isinstance(values, dict):
             self.error(f'--config {path}: must hold options as "name: value" lines')
-        actions = {flag.lstrip('-').replace('-', '_'): action for action in self._actions for flag in action.option_strings}
+        actions = {
+            flag.lstrip('-').replace('-', '_'): action for action in self._actions for flag in action.option_strings}
         actions.update({action.dest: action for action in self._actions})  # as args.yaml has them
         checked = {}
         for key, value in values.items():
@@ -98,10 +143,51 @@ class Parser(argparse.ArgumentParser):
             self.error(f'{where}: must be one value, got {value!r}')
         items = value if isinstance(value, list) else [value]
         try:
-            items = [action.type(str(item)) for item in items] if action.type else items
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            self.error(f'{where}: {error}')
+            items = [self._get_value(action, str(item)) for item in items] if action.type else items
+        except argparse.ArgumentError as error:
+            self.error(f'{where}: {error.message}')
         for item in items:
             if action.choices is not None and item not in action.choices:
                 self.error(f'{where}: {item!r} is not one of {", ".join(map(str, action.choices))}')
         return items if isinstance(value, list) or action.nargs in ('+', '*') else items[0]
+
+
+def add_evaluation_arguments(parser: Parser) -> None:
+    """Add the options that every evaluation has: --config and the groups Data, Model and Run."""
+    parser.add_argument('-c', '--config', metavar='FILE',
+                        help='YAML file of these options; the command line overrides it')
+    group = parser.add_argument_group('Data')
+    group.add_argument('--data-dir', metavar='DIR', help='folder of splits of class folders, or root of --dataset')
+    group.add_argument('--dataset', metavar='NAME', default='',
+                       help="digits, or timm's torch/..., hfds/...; default: the folder")
+    group.add_argument('--train-split', metavar='NAME', default='train')
+    group.add_argument('--val-split', metavar='NAME', default='validation',
+                       help='split to evaluate on; a folder may be called val or valid')
+    group.add_argument('--dataset-download', action='store_true',
+                       help='allow the download of torch/ and other data sets')
+    group.add_argument('--dataset-trust-remote-code', action='store_true')
+    group.add_argument('--class-map', metavar='FILE', default='')
+    group.add_argument('--input-key', metavar='NAME')
+    group.add_argument('--target-key', metavar='NAME')
+    group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', metavar='NAME',
+                       help="timm model, local-dir:RUN/export, hf-hub:OWNER/NAME; default: that of --checkpoint's run")
+    group.add_argument('--checkpoint', metavar='FILE',
+                       help='weights (safetensors or torch file; ours, MoCo, DINO, ...)')
+    group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")
+    group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--img-size', metavar='PX', type=at_least_one, help="default: the model's")
+    group.add_argument('--in-chans', metavar='N', type=int, help="3 (colour) or 1 (grey); default: the model's")
+    group.add_argument('--mean', nargs='+', type=float, metavar='X', help="of pixels in [0, 1]; default: the model's")
+    group.add_argument('--std', nargs='+', type=positive, metavar='X')
+    group = parser.add_argument_group('Run')
+    group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N', help='per process')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    group.add_argument('--amp', action='store_true', help='mixed precision')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
+    group.add_argument('--channels-last', action='store_true')
+    group.add_argument('--seed', type=natural, default=42, metavar='N')
+    group.add_argument('--output', metavar='DIR', help='folder for plots and other files; default: none are written')
+    group.add_argument('--results-file', metavar='FILE', help='.json or .csv; the results are printed in any case')

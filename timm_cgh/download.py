@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub in the client's own cache: whole, verified, and errors of one line without a token."""
+"""Downloads from the Hugging Face Hub through its client's cache, verified; errors are one line without a token."""
 import contextlib
 import hashlib
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 from huggingface_hub import get_token, hf_hub_download
 from huggingface_hub.errors import (
@@ -20,67 +20,67 @@ _ATTEMPTS = 4  # the client repeats a HEAD that fails with 5xx, but not the GET 
 
 
 def redact(text: str) -> str:
-    """The text with the Hub's token, and whatever looks like one, taken out."""
-    with contextlib.suppress(Exception):  # a login that fails has been told by the request that failed
+    """Replace the Hub's token, and whatever looks like one, in a text."""
+    with contextlib.suppress(Exception):  # the request itself reports a login that fails
         text = text.replace(get_token() or '<token>', '<token>')
     return re.sub(r'\bhf_[A-Za-z0-9]{16,}', '<token>', text)
 
 
 def hub_reason(error: BaseException) -> str:
-    """What the Hub's client and the network raise, in one line."""
+    """Explain an exception of the Hub's client or the network in one line."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
 
-    def first(*kinds: type) -> Optional[BaseException]:
+    def first(*kinds: type) -> Any:
         return next((e for e in chain if isinstance(e, kinds)), None)
 
     answer = first(HfHubHTTPError)
-    status = getattr(getattr(answer, 'response', None), 'status_code', 0)  # before 1.0 the client may give none
+    status = getattr(getattr(answer, 'response', None), 'status_code', 0)  # clients before 1.0 may set none
     if first(OfflineModeIsEnabled):
         words = 'not in the cache, and HF_HUB_OFFLINE allows no download'
     elif first(GatedRepoError, RepositoryNotFoundError):
-        words = 'no such repository, or one that your token does not open (HF_TOKEN, hf auth login)'
+        words = 'no such repository, or your token gives no access to it (HF_TOKEN, hf auth login)'
     elif first(RevisionNotFoundError):
         words = 'no such revision'
     elif status == 401:
-        words = 'not logged in, or the token is not valid (HF_TOKEN, hf auth login)'
+        words = 'not logged in, or the token is invalid (HF_TOKEN, hf auth login)'
     elif status == 403:
-        words = 'the token does not allow that (403)'
+        words = 'the token does not permit this (403)'
     elif status == 429:
         words = 'too many requests (429), try again later'
     elif status >= 500:
-        words = f'the Hub cannot serve that now ({status}), try again later'
+        words = f'the Hub is unavailable ({status}), try again later'
     elif answer is None and first(LocalEntryNotFoundError):
         words = 'not in the cache, and the Hub cannot be reached (network, HF_ENDPOINT)'
     else:
         words = ' '.join(str(error).split())[:200] or type(error).__name__
-    said = ' '.join((answer.server_message or '').split()) if answer is not None and status < 500 else ''
-    return redact(f'{words}: {said[:200]}' if said and said not in words else words)
+    message = ' '.join((answer.server_message or '').split()) if answer is not None and status < 500 else ''
+    return redact(f'{words}: {message[:200]}' if message and message not in words else words)
 
 
 def split_hub_name(name: str) -> Tuple[str, Optional[str]]:
-    """`owner/name` or `owner/name@revision`, with or without `hf-hub:` before it -> repository id and revision."""
+    """`[hf-hub:]owner/name[@revision]` -> repository id and revision."""
     repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition('@')
     return repo_id, revision or None
 
 
 def verify(path: Union[str, Path], sha256: str) -> None:
-    """Compare a file with the hash that it must have.
+    """Check the hash of a file.
 
     Args:
         path: the file
-        sha256: of its content, hexadecimal; or, of 40 digits, git's blob hash
+        sha256: of its content, hexadecimal; or git's blob hash, if it has 40 digits
 
     Raises:
-        RuntimeError: another content
+        RuntimeError: the hash differs
     """
     digest = hashlib.sha256() if len(sha256) == 64 else hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
     with open(path, 'rb') as file:
         for block in iter(lambda: file.read(1 << 20), b''):
             digest.update(block)
     if digest.hexdigest() != sha256:
-        raise RuntimeError(f'has the hash {digest.hexdigest()[:12]}..., not {sha256[:12]}... as published')
+        raise RuntimeError(f'its hash is {digest.hexdigest()[:12]}..., not {sha256[:12]}... as published')
 
 
 def fetch(
@@ -92,10 +92,10 @@ def fetch(
 ) -> str:
     """A file of a model repository, from the client's cache or the Hub.
 
-    `huggingface_hub` downloads, with all that its environment says (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`,
-    `HF_HUB_OFFLINE`) and resumes what breaks off, but of the content it compares the length alone. Here the hash is
-    compared: the one given, else the one that the Hub has announced (the cache names its blobs by it; a cache without
-    symbolic links does not). A file that fails leaves the cache.
+    `huggingface_hub` downloads, honours its environment (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`) and
+    resumes interrupted downloads, but checks only the length of the content. Here the hash is checked too: the given
+    one, else the one that the Hub announced (the cache names its blobs by it, if it can use symbolic links). A file
+    that fails is removed from the cache.
 
     Args:
         repo_id: `owner/name`
@@ -108,10 +108,10 @@ def fetch(
         path in the cache
 
     Raises:
-        RuntimeError: not to be had, or not the published content; one line that names repository and file
+        RuntimeError: unavailable, or not the published content; one line that names repository and file
     """
     for client in ('httpx', 'httpx2'):
-        logging.getLogger(client).setLevel(logging.WARNING)  # else they log the signed addresses of private files
+        logging.getLogger(client).setLevel(logging.WARNING)  # at INFO they log the signed URLs of private files
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='timm-cgh')
@@ -120,7 +120,7 @@ def fetch(
             if not isinstance(error, LocalEntryNotFoundError):
                 raise RuntimeError(f'{repo_id} has no {filename}') from error
             raise RuntimeError(f'{repo_id}, {filename}: {hub_reason(error)}') from error
-        except Exception as error:  # the client and the network raise what they like
+        except Exception as error:  # the types depend on the client's version and its network library
             status = getattr(getattr(error, 'response', None), 'status_code', 0)
             if status < 500 or attempt == _ATTEMPTS:
                 raise RuntimeError(f'{repo_id}, {filename}: {hub_reason(error)}') from error
@@ -128,15 +128,15 @@ def fetch(
     # snapshots/<commit>/<filename> is a link to blobs/<hash>, which may be a link into a store shared by caches
     blob = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else path
     announced = os.path.basename(blob) if blob != path else ''
-    expected = sha256 or (announced if re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', announced) else None)
+    expected = sha256 or (announced if re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', announced) else None)
     if expected is not None:
         try:
             verify(path, expected)
         except RuntimeError as error:
             for bad in {path, blob, os.path.realpath(path)}:
-                with contextlib.suppress(OSError):  # another process was faster, or the cache is read-only
+                with contextlib.suppress(OSError):  # removed by another process, or a read-only cache
                     os.unlink(bad)
-            done = 'it stays in' if os.path.lexists(path) else 'removed from'
+            done = 'still in' if os.path.lexists(path) else 'removed from'
             raise RuntimeError(f'{repo_id}, {filename}: {error}; {done} the cache, try again') from error
     return path
 
@@ -154,10 +154,10 @@ def fetch_folder(
         cache_dir: default the client's
 
     Raises:
-        RuntimeError: see `fetch`; also a repository with pickled weights alone
+        RuntimeError: see `fetch`; also for a repository that has pickled weights only
     """
     repo_id, revision = split_hub_name(name)
     folder = os.path.dirname(fetch(repo_id, 'config.json', revision, cache_dir=cache_dir))
-    commit = os.path.basename(folder)  # both of one commit, whatever is pushed meanwhile
+    commit = os.path.basename(folder)  # both files from one commit, whatever is pushed meanwhile
     fetch(repo_id, 'model.safetensors', commit, sha256, cache_dir)
     return folder

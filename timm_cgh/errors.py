@@ -1,27 +1,47 @@
-"""What a user can put right: one line, no traceback."""
+"""Errors that a user can put right."""
+import os
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Iterator, Type
 
-__all__ = ['InputError', 'blame']
+__all__ = ['DEBUG', 'InputError', 'checking', 'reason']
+
+DEBUG = os.environ.get('TIMM_CGH_DEBUG', '') not in ('', '0')
 
 
 class InputError(ValueError):
-    """A setting or a file that cannot be used; the text names it and says what would be right. Scripts exit with 2."""
+    """A parameter or a file that a user can put right.
+
+    The message is one line: what is at fault and what would be right. A parameter comes first, with its value where
+    that helps (`bank_size=0: must be at least 1`); other parameters are named in backticks. The scripts print it with
+    options in place of parameter names (`timm_cgh.arguments`) and exit with code 2.
+    """
+
+    def __init__(self, message: str):
+        # torch raises an exception of a data worker again with the worker's traceback before its message
+        super().__init__(message.rpartition('errors.InputError: ')[2].strip())
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """First line of an exception's message, or its type where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
 @contextmanager
-def blame(flag: str, value: Any = '') -> Iterator[None]:
-    """What a library raises about a setting becomes an `InputError` that names the setting.
+def checking(parameter: str, value: Any = None, *errors: Type[Exception]) -> Iterator[None]:
+    """Turn exceptions that a library raises about a parameter's value into an `InputError`.
+
+    Keep the block to the library call that reads the value, and `errors` to what that call raises about a bad one:
+    anything else is a bug and keeps its traceback.
 
     Args:
-        flag: command line option
-        value: what it was set to, of a switch nothing
+        parameter: name of the parameter, or a file
+        value: what it was set to; None to leave it out of the message
+        errors: exception types; default `OSError` and `ValueError`
     """
     try:
         yield
     except InputError:
         raise
-    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-            ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f'{flag} {value}'.rstrip() + f': {reason}') from error
+    except errors or (OSError, ValueError) as error:  # noqa: B030
+        at_fault = parameter if value is None else f'{parameter}={value}'
+        raise InputError(f'{at_fault}: {reason(error)}') from error

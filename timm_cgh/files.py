@@ -1,13 +1,14 @@
-"""Files that are whole or absent: written beside their name, then renamed into place; and folders to write them to."""
+"""Files that are whole or absent (written beside their name, then renamed into place), and the CSV file of a run."""
+import csv
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Iterator, Union
+from typing import IO, Any, Dict, Iterator, List, Mapping, Sequence, Union
 
 from .errors import InputError
 
-__all__ = ['atomic_path', 'atomic_write', 'make_folder']
+__all__ = ['Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_rows']
 
 
 @contextmanager
@@ -51,19 +52,19 @@ def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
     """
     if mode not in ('w', 'wb'):
         raise ValueError(f"mode is 'w' or 'wb', not {mode!r}")
-    text = dict(encoding='utf-8', newline='') if mode == 'w' else {}
-    with atomic_path(path) as temp, open(temp, mode, **text) as file:
+    encoding, newline = ('utf-8', '') if mode == 'w' else (None, None)
+    with atomic_path(path) as temp, open(temp, mode, encoding=encoding, newline=newline) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file under the good name
 
 
-def make_folder(folder: str, flag: str, value: str) -> None:
-    """Make a folder where there is none, and see that files can be written to it.
+def make_folder(folder: str, parameter: str, value: str) -> None:
+    """Make a folder where there is none, and check that files can be written to it.
 
     Args:
         folder: to make, with its parents
-        flag, value: command line option that asks for it, and what it was set to
+        parameter, value: the parameter that asks for it, and what it was set to
 
     Raises:
         InputError: it cannot be made or written to
@@ -73,4 +74,43 @@ def make_folder(folder: str, flag: str, value: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f'{flag} {value}: cannot write to {folder} ({error.strerror})') from error
+        raise InputError(f'{parameter}={value}: cannot write to {folder} ({error.strerror})') from error
+
+
+def read_rows(path: str) -> List[Dict[str, str]]:
+    """Rows of a `summary.csv`, values as text; none where there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def epochs_done(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Epochs behind the last row; there may be fewer rows, where a run went on in another folder."""
+    return int(rows[-1]['epoch']) + 1 if rows else 0
+
+
+class Summary:
+    """Rows of a run's `summary.csv` under timm's column names, rewritten in one rename per epoch.
+
+    Columns may appear late or stay blank (a kNN check every few epochs, InfoNCE only in the warm-up).
+
+    Args:
+        path: the file
+        start_epoch: rows of earlier epochs are kept, later ones (of a run that is resumed before them) dropped
+    """
+
+    def __init__(self, path: str, start_epoch: int = 0):
+        self.path = path
+        self.rows: List[Dict[str, Any]] = []
+        if start_epoch:
+            self.rows = [row for row in read_rows(path) if int(row['epoch']) < start_epoch]
+
+    def add(self, row: Dict[str, Any]) -> None:
+        """Append a row and write the file."""
+        self.rows.append(row)
+        names = list(dict.fromkeys(name for r in self.rows for name in r))
+        with atomic_write(self.path) as file:
+            writer = csv.DictWriter(file, fieldnames=names, restval='', lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(self.rows)

@@ -1,4 +1,4 @@
-"""torch's fused optimisers, which walk through memory as it lies, and what they need to be safe."""
+"""Safe use of torch's fused optimisers, which access memory without a look at strides or initial values."""
 from typing import Any, Dict
 
 import torch
@@ -7,10 +7,10 @@ __all__ = ['fill_momentum', 'load_optimizer']
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Have SGD start from momentum 0 where it has none yet, which makes its first step the gradient, as it is without.
+    """Initialise SGD's missing momentum buffers to 0, which leaves its first step unchanged.
 
-    torch's fused SGD takes unwritten memory for its buffers and fills them in its first step: not when a gradient scaler
-    has found that step's gradients infinite. The second step would then use them as they are.
+    torch's fused SGD allocates its buffers without initialising them and fills them in its first step, but not where a
+    gradient scaler skips that step for infinite gradients: the second step would use uninitialised memory.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
@@ -21,10 +21,10 @@ def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` of the averages alone: rates, weight decay, ... stay those of `optimizer`.
+    """Load the per-parameter state of an optimiser; learning rates, weight decay, ... stay those of `optimizer`.
 
-    Parameters may lie in memory in another order than when the state was saved. A state keeps its order (channels first,
-    say), and the fused optimisers on a CPU have no look at strides.
+    The state takes the memory format of its parameter, which may have changed since it was saved (channels last, say):
+    the fused optimisers on a CPU ignore strides.
 
     Raises:
         ValueError, KeyError: the state of other parameters, or of another optimiser

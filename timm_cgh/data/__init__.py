@@ -1,6 +1,10 @@
+"""Data sets of images and the loader of their views."""
 from .digits import Digits
-from .labelled import ImageSubset, class_numbers, labels_of, open_eval_datasets
-from .loader import Batch, EpochBatchSampler, ViewDataset, ViewLoader, ViewsToDevice, create_view_loader
+from .knn_split import open_knn_datasets
+from .labels import class_to_idx, read_labels
+from .loader import Batch, ViewLoader, create_view_loader
+from .prefetch import ViewsToDevice
 from .sources import data_name, image_mode, is_stream, num_images, open_dataset
-from .stream import ViewStream
+from .subset import ImageSubset
+from .view_dataset import EpochBatchSampler, ViewDataset, ViewStream
 from .views import Photometric, ViewSpec, multi_crop, two_views

@@ -1,7 +1,7 @@
-"""Photometric augmentation of whole batches, on whatever device they are (torchvision's definitions).
+"""Photometric augmentation of whole batches on any device, as defined by torchvision.
 
-Parameters come drawn (`timm_cgh.data.views.Photometric.draw`), one row per image. Which images an operation touches is
-worked out from the parameters on the CPU, before they travel: no step waits for the device.
+The parameters have been drawn already (`timm_cgh.data.views.Photometric.draw`), one row per image. Which images an
+operation changes is worked out from them on the CPU, so that no step waits for the device.
 """
 import functools
 import math
@@ -9,20 +9,20 @@ from typing import Callable, List, Optional, Tuple
 
 import torch
 
-from .views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION
+from .views import BLUR_SIGMA, BRIGHTNESS, CONTRAST, GRAYSCALE, HUE, JITTER_ORDER, JITTER_ORDERS, SATURATION
 
 __all__ = ['adjust_hue', 'gaussian_blur', 'photometric', 'to_gray']
 
 _ORDERS = torch.tensor(JITTER_ORDERS)
-_HUES = (0, 2, -2)  # of red, green and blue, in sextants of the colour circle
-# On a CPU as many values per thread go through all operations together as stay in its cache: a pass over them takes
-# half as long as one over a whole batch. One image of 224 px has 150,528.
+_CHANNEL_HUES = (0, 2, -2)  # of red, green and blue, in sextants of the colour circle
+# Values per thread that go through all operations together on a CPU. They fit in its cache, so that a pass over them
+# takes half as long as over a whole batch. One image of 224 px has 150,528.
 _CACHED = 2 ** 18
-_BAND = 56  # pixels of a line that one product blurs on a CPU: beyond its band, the matrix of a whole line is zeros
+_BAND = 56  # pixels of a line blurred by one product on a CPU: the matrix of a whole line is mostly zeros
 
 
 def to_gray(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W) luma, ITU-R 601-2; grey images stay as they are."""
+    """(B, 3, H, W) -> (B, 1, H, W) luma, ITU-R 601-2; grey images are returned unchanged."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(1)
@@ -30,11 +30,11 @@ def to_gray(images: torch.Tensor) -> torch.Tensor:
 
 
 def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of (B, 3, H, W) colours, of any range, by `shift` (B,), in turns of the colour circle.
+    """Shift the hue of (B, 3, H, W) colours, of any range, by `shift` (B,) turns of the colour circle.
 
-    HSV without its case distinctions, which are slow: counted from red, in sextants, the hue is
-    (green + blue - red - least) / chroma + 1 with the sign of green - blue, and a channel rises with its nearness to
-    the channel's own hue.
+    HSV without its case distinctions, which are slow: measured from red, in sextants, the hue is
+    (green + blue - red - least) / chroma + 1 with the sign of green - blue, and each channel is a clipped linear
+    function of the distance between that hue and the channel's.
     """
     red, green, blue = images.unbind(1)
     chroma = torch.maximum(torch.maximum(red, green), blue)
@@ -44,19 +44,19 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     hue.copysign_(green - blue)  # in [-3, 3]
     least.sub_(chroma)
     out = torch.empty_like(images)
-    for channel, centre in enumerate(_HUES):
+    for channel, centre in enumerate(_CHANNEL_HUES):
         turn = 6 * shift - centre
         turn = turn - 6 * torch.round(turn / 6)
-        near = (hue + turn.view(-1, 1, 1)).abs_().sub_(3).abs_()  # 3 less the distance, which goes round the circle
+        near = (hue + turn.view(-1, 1, 1)).abs_().sub_(3).abs_()  # 3 minus the distance on the circle
         torch.addcmul(least, chroma, near.clamp_(1, 2), out=out[:, channel])
     return out
 
 
 def _blend(images: torch.Tensor, weights: torch.Tensor, uses_mean: bool, uses_luma: bool) -> torch.Tensor:
-    """In place: weighted sum, clipped, of images in [0, 255], their mean luma and their luma; weights (B, 3).
+    """Clipped sum of images in [0, 255], their mean luma and their luma, weighted by (B, 3); in place.
 
-    Brightness, contrast, saturation and grayscale are all of this form, so that a batch in which every image is due for
-    another of them needs one pass. What all weights of a kind leave out is not computed.
+    Brightness, contrast, saturation and grayscale all have this form, so one pass serves a batch in which each image
+    needs a different one. `uses_mean` and `uses_luma` tell whether any weight of that kind is not zero.
     """
     ratio, to_mean, to_luma = weights.view(-1, 3, 1, 1, 1).unbind(1)
     if not uses_mean and not uses_luma:
@@ -70,11 +70,11 @@ def _blend(images: torch.Tensor, weights: torch.Tensor, uses_mean: bool, uses_lu
 
 @functools.lru_cache(maxsize=64)
 def _mirrored(size: int, reach: int, device: torch.device) -> torch.Tensor:
-    """(1, size, 2 reach + 1): which pixel of a mirrored line lies d - reach from pixel i."""
+    """(1, size, 2 reach + 1): entry (i, d) is the pixel of a mirrored line at distance d - reach from pixel i."""
     source = torch.arange(size).unsqueeze(1) + torch.arange(-reach, reach + 1)
     period = max(1, 2 * (size - 1))
     source = source.remainder(period)
-    return torch.minimum(source, period - source).unsqueeze(0).to(device)  # also where the reach exceeds the image
+    return torch.minimum(source, period - source).unsqueeze(0).to(device)  # `reach` may exceed the image
 
 
 def _blur_matrix(sigma: torch.Tensor, size: int, reach: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _blur_matrix(sigma: torch.Tensor, size: int, reach: int) -> torch.Tensor:
     offsets = torch.arange(-reach, reach + 1, device=sigma.device)
     sigma = sigma.unsqueeze(1)
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    # each kernel ends at its own three sigmas: what is blurred does not depend on the rest of the batch
+    # each kernel ends at three times its own sigma, so that an image does not depend on the rest of its batch
     weights = weights * (offsets.abs() <= torch.ceil(3 * sigma))
     weights = weights / weights.sum(dim=1, keepdim=True)  # (B, 2 reach + 1)
     source = _mirrored(size, reach, sigma.device).expand(len(weights), -1, -1)
@@ -90,7 +90,7 @@ def _blur_matrix(sigma: torch.Tensor, size: int, reach: int) -> torch.Tensor:
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor, reach: int) -> torch.Tensor:
-    """Blur each image by its own sigma: products with banded matrices that hold the mirrored border.
+    """Blur each image with its own sigma, by products with banded matrices that include the mirrored border.
 
     Equal to torchvision's `gaussian_blur` with kernel size 2 * ceil(3 sigma) + 1, for images of any size.
 
@@ -114,9 +114,9 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor, reach: int) -> torc
     return x.view(batch, height, chans, width).transpose(1, 2)
 
 
-def _on_subset(images: torch.Tensor, touched: torch.Tensor, function: Callable, column: torch.Tensor) -> torch.Tensor:
-    """Apply `function` to the images of a (B,) CPU mask, each with its entry of `column` (B,) (CPU)."""
-    index = touched.nonzero().squeeze(1)
+def _on_subset(images: torch.Tensor, mask: torch.Tensor, function: Callable, column: torch.Tensor) -> torch.Tensor:
+    """Apply `function` to the images of a (B,) mask, each with its entry of `column` (B,), both on the CPU."""
+    index = mask.nonzero().squeeze(1)
     if not len(index):
         return images
     column = column[index].to(images.device, non_blocking=True)
@@ -127,8 +127,8 @@ def _on_subset(images: torch.Tensor, touched: torch.Tensor, function: Callable, 
 
 
 def _plan(params: torch.Tensor, chans: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Parameters (B, 7) -> (B, 4) operation in each turn, -1 none; (B, turns, 3) weights of `_blend`."""
-    order = params[:, 4].long()
+    """Parameters (B, 7) -> operation in each turn, (B, 4), -1 for none; weights of `_blend`, (B, turns, 3)."""
+    order = params[:, JITTER_ORDER].long()
     operation = torch.where(order.unsqueeze(1) >= 0, _ORDERS[order.clamp(min=0)], -1)
     factor = params.gather(1, operation.clamp(min=0))
     blended = (operation == BRIGHTNESS) | (operation == CONTRAST)
@@ -138,22 +138,22 @@ def _plan(params: torch.Tensor, chans: int) -> Tuple[torch.Tensor, torch.Tensor]
     other = 1 - ratio
     weights = torch.stack([ratio, other * (operation == CONTRAST), other * (operation == SATURATION)], dim=2)
     if chans == 3:
-        gray = (params[:, 5] > 0).float()
+        gray = (params[:, GRAYSCALE] > 0).float()
         weights = torch.cat([weights, torch.stack([1 - gray, torch.zeros_like(gray), gray], dim=1).unsqueeze(1)], dim=1)
     return operation, weights
 
 
-def _change(x: torch.Tensor, params: torch.Tensor, operation: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The changes of `photometric` to (B, C, H, W) images in [0, 255], which it may overwrite; the rest on the CPU."""
-    turns = (weights != torch.tensor([1.0, 0.0, 0.0])).any(dim=0).tolist()  # which weights of which turn do anything
-    turning = (operation == HUE) & (params[:, HUE:HUE + 1] != 0) & (x.shape[1] == 3)
+def _augment(x: torch.Tensor, params: torch.Tensor, operation: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Augment (B, C, H, W) images in [0, 255], possibly in place; the other arguments are on the CPU."""
+    turns = (weights != torch.tensor([1.0, 0.0, 0.0])).any(dim=0).tolist()  # which weights of a turn change an image
+    hue_shifted = (operation == HUE) & (params[:, HUE:HUE + 1] != 0) & (x.shape[1] == 3)
     weights = (weights.pin_memory() if x.is_cuda else weights).to(x.device, non_blocking=True)
     for turn, (blends, *uses) in enumerate(turns):
         if blends:
             x = _blend(x, weights[:, turn], *uses)
         if turn < 4:
-            x = _on_subset(x, turning[:, turn], adjust_hue, params[:, HUE])
-    sigma = params[:, 6]
+            x = _on_subset(x, hue_shifted[:, turn], adjust_hue, params[:, HUE])
+    sigma = params[:, BLUR_SIGMA]
     reach = math.ceil(3 * float(sigma.max()))
     return _on_subset(x, sigma > 0, lambda images, column: gaussian_blur(images, column, reach), sigma)
 
@@ -167,12 +167,12 @@ def photometric(
     """Colour jitter in each image's own order, grayscale, blur (the contrastive view, Sec. 3.2), normalisation.
 
     Args:
-        images: (B, C, H, W) uint8, C 1 or 3, on any device; of grey images saturation, hue and grayscale do nothing
-        params: (B, 7) float32 rows of `Photometric.draw`, on the CPU; None leaves the images as they are
-        mean, std: (1, C, 1, 1) on the images' device, of pixels in [0, 1]; None: not normalised
+        images: (B, C, H, W) uint8, C 1 or 3, on any device; saturation, hue and grayscale do not change grey images
+        params: (B, 7) float32 rows of `Photometric.draw`, on the CPU; None for no augmentation
+        mean, std: (1, C, 1, 1) on the images' device, of pixels in [0, 1]; None for no normalisation
 
     Returns:
-        (B, C, H, W) float32, whatever autocast says; in [0, 1] where it is not normalised
+        (B, C, H, W) float32, also under autocast; in [0, 1] without normalisation
 
     Raises:
         ValueError: neither 1 nor 3 channels
@@ -182,13 +182,13 @@ def photometric(
         raise ValueError(f'images have 1 or 3 channels, got {tuple(images.shape)}')
     step = max(1, torch.get_num_threads() * _CACHED // math.prod(images.shape[1:]) if on_cpu else len(images))
     plan = () if params is None else (params, *_plan(params, chans))
-    zero, unit = (0, 255) if mean is None else (255 * mean, 255 * std)
+    zero, unit = (0, 255) if mean is None or std is None else (255 * mean, 255 * std)
     out = torch.empty(images.shape, device=images.device)
     with torch.autocast(images.device.type, enabled=False):
         for start in range(0, len(images), step):
             part = slice(start, start + step)
             x = images[part].contiguous().float()
             if params is not None:
-                x = _change(x, *(rows[part] for rows in plan))
+                x = _augment(x, *(rows[part] for rows in plan))
             torch.sub(x, zero, out=out[part]).div_(unit)
     return out

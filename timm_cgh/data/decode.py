@@ -1,28 +1,30 @@
-"""One image out of a data set, decoded and in the wanted mode; what cannot be read is passed over and named."""
-import contextlib
+"""Read one image of a data set in the wanted mode, or a substitute where it cannot be read."""
 import math
 import struct
 import tarfile
 import zlib
-from typing import Any, Callable, Iterator, List, Tuple
+from contextlib import suppress
+from typing import Any, Callable, List, Tuple
 
 import numpy as np
 from PIL import Image
-from timm.data import get_img_extensions, set_img_extensions
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import Dataset, Subset
 
-from timm_cgh.errors import InputError
+from timm_cgh.errors import InputError, reason
+
+from .labels import to_label
 
 try:
     import simplejpeg
-except ImportError:  # the same pixels from Pillow, a quarter slower
+except ImportError:  # Pillow gives the same pixels, a quarter slower
     simplejpeg = None
 
-__all__ = ['decode_pixels', 'image_name', 'more_extensions', 'read_image', 'read_or_another', 'to_label', 'to_mode']
+__all__ = ['decode_pixels', 'image_name', 'read_image', 'read_or_substitute', 'to_mode']
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_MAX_TRIED = 50  # in place of an unreadable image, before a data set is given up: most of it is broken
-# what Pillow and timm's readers raise on broken files, missing files and empty cells
+_MAX_TRIED = 50  # unreadable images in a row that end the run: most of the data set is broken
+# What Pillow and timm's readers raise for broken files, missing files and empty cells of a table.
 _UNREADABLE = (
     AssertionError,
     EOFError,
@@ -39,22 +41,11 @@ _UNREADABLE = (
 )
 
 
-@contextlib.contextmanager
-def more_extensions() -> Iterator[None]:
-    """Have timm's folder and tar readers find more than PNG and JPEG files."""
-    before = get_img_extensions()
-    set_img_extensions(sorted({*before, '.webp', '.bmp', '.tif', '.tiff', '.avif'}))
-    try:
-        yield
-    finally:
-        set_img_extensions(before)
-
-
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Decode an image and convert it to `L` or `RGB`; transparency is dropped, as timm does.
 
-    Pillow clips grey levels of more than 8 bits where it should scale them: integers are taken as 16 bits wide,
-    floating point as [0, 1] where nothing exceeds 1.
+    Pillow clips grey levels of more than 8 bits instead of scaling them. Here integers count as 16 bits wide, and
+    floating point values as [0, 1] where none exceeds 1.
     """
     image.load()
     if image.mode.startswith('I') or image.mode == 'F':
@@ -62,15 +53,15 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         scale = 1 / 257 if image.mode != 'F' else 255.0 if values.max(initial=0) <= 1 else 1.0
         image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
     elif image.mode == 'P' and 'transparency' in image.info:
-        image = image.convert('RGBA')  # the detour that Pillow asks for
+        image = image.convert('RGBA')  # Pillow warns without this detour
     return image if image.mode == mode else image.convert(mode)
 
 
 def decode_pixels(image: Image.Image, mode: str, reduction: int = 1) -> Tuple[np.ndarray, int]:
-    """Pixels of an image, decoded now if it is not yet.
+    """Pixels of an image, which is decoded here unless it has been.
 
-    A JPEG file that is still to be decoded can come in 1/reduction of its size at less cost, from fewer coefficients of
-    its 8 x 8 blocks. Other images come in their own size.
+    A JPEG file is decoded to 1/reduction of its size at less cost, from fewer coefficients of its 8 x 8 blocks. Images
+    of other formats, and decoded ones, keep their size.
 
     Args:
         image: as opened by Pillow
@@ -78,90 +69,83 @@ def decode_pixels(image: Image.Image, mode: str, reduction: int = 1) -> Tuple[np
         reduction: 1, 2, 4 or 8
 
     Returns:
-        (H, W, C) uint8; the reduction that was possible
+        (H, W, C) uint8; the reduction applied
     """
-    encoded = image.format in ('JPEG', 'MPO') and bool(image.tile)
-    reduction = reduction if encoded else 1
-    width, height = image.size
-    if encoded and simplejpeg is not None and image.mode in ('L', 'RGB'):
-        image.fp.seek(0)
-        try:
-            pixels = simplejpeg.decode_jpeg(
-                image.fp.read(),
-                'GRAY' if mode == 'L' else 'RGB',
-                min_width=math.ceil(width / reduction),
-                min_height=math.ceil(height / reduction),
-                min_factor=reduction,
-            )
-            return pixels, reduction
-        except ValueError:
-            pass  # Pillow forgives more, and says what is wrong with the rest
-    if encoded:
+    if isinstance(image, JpegImageFile) and image.tile:  # not decoded yet
+        width, height = image.size
+        if simplejpeg is not None and image.fp and image.mode in ('L', 'RGB'):
+            image.fp.seek(0)
+            with suppress(ValueError):  # Pillow reads more files, and has better messages about the rest
+                pixels = simplejpeg.decode_jpeg(
+                    image.fp.read(),
+                    'GRAY' if mode == 'L' else 'RGB',
+                    min_width=math.ceil(width / reduction),
+                    min_height=math.ceil(height / reduction),
+                    min_factor=reduction,
+                )
+                return pixels, reduction
         image.draft(mode, (width // reduction, height // reduction))
+    else:
+        reduction = 1
     pixels = np.asarray(to_mode(image, mode))
     return pixels if pixels.ndim == 3 else pixels[:, :, None], reduction
 
 
-def to_label(target: Any) -> int:
-    """The class of an item, -1 where it has none or several."""
-    try:
-        return int(target)
-    except (TypeError, ValueError):
-        return -1
-
-
-def read_image(dataset: Dataset, index: int, mode: str, take: Callable = to_mode) -> Tuple[Any, int]:
-    """Image and label of an item, without the data set's own transform; raises what the decoder raises.
+def read_image(dataset: Dataset, index: int, mode: str, convert: Callable = to_mode) -> Tuple[Any, int]:
+    """Read an image and its label; the data set's own transform is not applied.
 
     Args:
-        dataset: map-style, gives (PIL image, target) items; a `Subset` is looked through
+        dataset: map-style, of (PIL image, target) items, or a `Subset` of one
         index: of the item
         mode: `L` or `RGB`
-        take: what to make of the image, opened but perhaps not yet decoded, and the mode
+        convert: called with the image, opened but perhaps not yet decoded, and the mode
 
     Returns:
-        what `take` gives, the image of that mode by default; label
+        result of `convert`, by default the image in that mode; label, -1 where unknown
+
+    Raises:
+        Exception: whatever the reader or the decoder raises
     """
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]
-    if hasattr(dataset, 'reader'):  # past timm's own item access, which replaces what it cannot read without a name
+    if hasattr(dataset, 'reader'):  # timm's own item access silently replaces what it cannot read
         file, target, *_ = dataset.reader[index]
         with file:
-            return take(Image.open(file), mode), to_label(target)
+            return convert(Image.open(file), mode), to_label(target)
     image, target = dataset[index][:2]
-    return take(image, mode), to_label(target)
+    return convert(image, mode), to_label(target)
 
 
 def image_name(dataset: Dataset, index: int) -> str:
-    """File name of an item, or its number where the source knows no names."""
+    """File name of an item, or its index where the source has no names."""
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]
     try:
         name = dataset.filename(index, absolute=True)
-    except Exception:  # not every reader has names, and they fail in their own ways
+    except Exception:  # readers without names raise various things
         name = None
     return str(name) if name else f'image {index}'
 
 
-def read_or_another(
+def read_or_substitute(
         dataset: Dataset,
         index: int,
         mode: str,
-        take: Callable = to_mode,
+        convert: Callable = to_mode,
 ) -> Tuple[Any, int, List[str]]:
-    """Read an image, or another one in its place.
+    """Read an image, or a substitute where it cannot be read.
 
-    Unreadable files come in clusters of neighbours (a copy that was interrupted), so the images tried in its place lie
-    all over the data set: at the multiples of the golden ratio from it, the same ones whenever it is asked for.
+    Unreadable files are often neighbours (an interrupted copy), so the candidates are spread over the whole data set:
+    they lie at multiples of the golden ratio from the image, and are the same ones each time.
 
     Args:
-        dataset, index, mode, take: see `read_image`
+        dataset, index, mode, convert: see `read_image`
 
     Returns:
-        what `take` gives, the image by default; label; names of the images that were passed over
+        result of `convert`, by default the image; label; names of the unreadable images
 
     Raises:
-        InputError: none of fifty can be read
+        InputError: none of fifty candidates can be read
         IndexError: no such item
     """
     if not 0 <= index < len(dataset):
@@ -170,10 +154,10 @@ def read_or_another(
     count = len(dataset)
     for place in dict.fromkeys((index + int(step * _GOLDEN * count)) % count for step in range(_MAX_TRIED)):
         try:
-            return *read_image(dataset, place, mode, take), unreadable
+            return *read_image(dataset, place, mode, convert), unreadable
         except _UNREADABLE as error:
-            reason = ' '.join(str(error).split()) or type(error).__name__
+            why = reason(error, 200)
             unreadable.append(image_name(dataset, place))
     raise InputError(
-        f'--data-dir: most images cannot be read: none of {len(unreadable)} that were tried, '
-        f'{unreadable[0]} among them ({reason[:200]})')
+        f'data_dir: most images cannot be read: none of {len(unreadable)} that were tried, '
+        f'{unreadable[0]} among them ({why})')

@@ -1,5 +1,5 @@
-"""scikit-learn's handwritten digits: the data set that is always at hand."""
-from typing import List, Tuple
+"""scikit-learn's handwritten digits, a small data set that needs no download."""
+from typing import ClassVar, List, Tuple
 
 import numpy as np
 from PIL import Image
@@ -14,27 +14,28 @@ _TEST_SHARE = 5  # every fifth image of a class, in a shuffled order
 
 
 class Digits(Dataset):
-    """1,797 real handwritten digits, 8 x 8 px, 16 grey levels, 10 classes (UCI, through scikit-learn).
+    """1,797 real handwritten digits, 8 x 8 px, 17 grey levels, 10 classes (UCI, through scikit-learn).
 
-    Items are (PIL image, label). A fixed stratified fifth is the validation split.
+    Items are (PIL image, label). A fixed fifth of each class is the validation split.
 
     Args:
         split: `train` or `validation`
         mode: PIL mode of the images, `L` or `RGB`
 
     Raises:
-        InputError: another split, or scikit-learn is not installed
+        ValueError: another split
+        InputError: scikit-learn is not installed
     """
 
-    classes = [str(i) for i in range(10)]
+    classes: ClassVar[List[str]] = [str(i) for i in range(10)]
 
     def __init__(self, split: str = 'train', mode: str = 'L'):
         if split not in ('train', 'validation'):
-            raise InputError(f"split '{split}' of digits: there are train and validation")
+            raise ValueError(f'digits has the splits train and validation, not {split}')
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise InputError('--dataset digits: needs scikit-learn (pip install scikit-learn)') from error
+            raise InputError('dataset=digits: needs scikit-learn (pip install scikit-learn)') from error
         data = load_digits()
         order = np.random.default_rng(_SPLIT_SEED).permutation(len(data.target))
         chosen: List[int] = []

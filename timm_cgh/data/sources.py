@@ -1,4 +1,4 @@
-"""Where images come from: timm's data sets, torchvision's STL-10, the embedded digits."""
+"""Open data sets: timm's, torchvision's STL-10, the digits."""
 import contextlib
 import os
 import re
@@ -6,67 +6,68 @@ from typing import Any, Dict, List, Optional, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import STL10
 
-from timm_cgh.errors import InputError
+from timm_cgh.distributed import rank_zero_first
+from timm_cgh.errors import InputError, checking, reason
 
-from .decode import more_extensions
 from .digits import Digits
-from .shards import ShardReader
-from .tars import TarReader
-from .turns import downloading_in_turn
+from .readers import ShardReader, TarReader, more_extensions
 
-__all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'prefix_of']
+__all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'source_prefix']
 
 _PACKAGES = {
     'torch': 'torchvision', 'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets'}
-_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+_SYNONYMS = _TRAIN_NAMES, _VAL_NAMES = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 _TORCH_FOLDERS = ('torch/image_folder', 'torch/folder')
-_TORCH_TRAIN_TEST = tuple(f'torch/{n}' for n in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'))
+_TORCH_TRAIN_VAL = tuple(f'torch/{n}' for n in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'))
 _TORCH_OTHERS = ('torch/stl10', 'torch/imagenet', 'torch/inaturalist', 'torch/inat', 'torch/places365')
-_STL10_SPLITS = {'train': 'train+unlabeled', **{name: 'test' for name in _SYNONYMS[1]}}
+_STL10_SPLITS = {'train': 'train+unlabeled', **dict.fromkeys(_VAL_NAMES, 'test')}
 
 
 def image_mode(in_chans: int) -> str:
-    """PIL mode of images with so many channels.
+    """PIL mode of images with this number of channels.
 
     Raises:
         InputError: neither 1 nor 3
     """
     if in_chans not in (1, 3):
-        raise InputError(f'--in-chans {in_chans}: images have 3 channels (colour) or 1 (grey)')
+        raise InputError(f'in_chans={in_chans}: must be 3 (colour) or 1 (grey)')
     return 'L' if in_chans == 1 else 'RGB'
 
 
 def is_stream(dataset: Dataset) -> bool:
-    """Whether a data set has no order of its own (wds/, hfids/, tfds/)."""
+    """Whether a data set can only be iterated over (wds/, hfids/, tfds/)."""
     return isinstance(dataset, IterableDataset)
 
 
 def num_images(dataset: Dataset) -> int:
-    """Images in a data set, over all processes.
+    """Number of images in a data set, over all processes.
 
-    timm's streams count otherwise: the share of one process, rounded up to whole batches of every worker.
+    The length of timm's streams is something else: the share of one process, rounded up to whole batches per worker.
     """
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     return int(reader.num_samples) if is_stream(dataset) and hasattr(reader, 'num_samples') else len(dataset)
 
 
-def prefix_of(name: str) -> str:
+def source_prefix(dataset: str) -> str:
     """`hfds` of `hfds/owner/name`; empty for a folder, a tar and the digits."""
-    return name.partition('/')[0].lower() if '/' in name else ''
+    return dataset.partition('/')[0].lower() if '/' in dataset else ''
 
 
-def data_name(name: str, root: Optional[str]) -> str:
-    """What to call a data set on paper: `cifar10` of `torch/cifar10`, `owner/name` of the Hub's, else the folder's name.
+def data_name(dataset: str, data_dir: Optional[str]) -> str:
+    """Short public name of a data set: `cifar10` of `torch/cifar10`, `owner/name` on the Hub, else the folder's name.
 
-    Nothing of where it lies stays, and nothing that is no name: shards may be read by a command with a login in it.
+    It gives away no path, and nothing that is not a plain name: `data_dir` may be a command with a login in it, which
+    reads shards.
 
     Args:
-        name, root: `--dataset` and `--data-dir`
+        dataset, data_dir: see `open_dataset`
     """
-    prefix = prefix_of(name)
-    parts = [p for p in ((name.partition('/')[2] if prefix in _PACKAGES else name) or root or '').split('/') if p]
-    while len(parts) > 1 and parts[-1].lower() in _SYNONYMS[0]:
+    prefix = source_prefix(dataset)
+    name = dataset.partition('/')[2] if prefix in _PACKAGES else dataset
+    parts = [part for part in (name or data_dir or '').split('/') if part]
+    while len(parts) > 1 and parts[-1].lower() in _TRAIN_NAMES:
         parts.pop()
     if not (prefix in ('hfds', 'hfids') and len(parts) == 2 and parts[0].strip('.~')):
         parts = parts[-1:]
@@ -74,171 +75,183 @@ def data_name(name: str, root: Optional[str]) -> str:
     return text if re.fullmatch(r'[\w.-]+(/[\w.-]+)?', text) and text.strip('.') else 'images'
 
 
-def find_split_folder(root: str, split: str) -> Optional[str]:
-    """What holds a split in a folder of splits: the entry of that name or of a synonym (`val`, `valid`, ...)."""
+def find_split_folder(data_dir: str, split: str) -> Optional[str]:
+    """Path of a split in a folder of splits: the entry with its name or a synonym (`val`, `valid`, ...)."""
     for name in (split, *next((names for names in _SYNONYMS if split in names), ())):
-        path = os.path.join(root, name)
+        path = os.path.join(data_dir, name)
         if os.path.exists(path):
             return path
     return None
 
 
-def _open_root(root: str, split: str, search_split: bool, flag: str) -> str:
-    """The folder or tar to read; timm itself would silently read all of `root` where it finds no such split."""
-    if not os.path.exists(root):
-        raise InputError(f'--data-dir {root}: no such folder or file')
-    if os.path.isfile(root):
-        if not root.endswith('.tar'):
-            raise InputError(f'--data-dir {root}: must be a folder of images or an uncompressed .tar of them')
-        if split not in _SYNONYMS[0]:
-            raise InputError(f'{flag} {split}: a tar has no splits; give --data-dir a folder of them')
-        return root
-    folder = find_split_folder(root, split) if search_split else None
-    if folder is None and search_split and split not in _SYNONYMS[0]:
-        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() or entry.name.endswith('.tar'))
-        raise InputError(f"{flag} {split}: not in {root}, which has {', '.join(found[:8]) or 'no folders'}")
-    return folder or root  # no split folders: all of it is for training
-
-
-def _check_name(name: str, root: Optional[str], split: str, flag: str) -> None:
-    prefix, lower = prefix_of(name), name.lower()
-    if name and not prefix:
-        raise InputError(f'--dataset {name}: no such data set; digits, torch/{name} or hfds/... (or --data-dir alone)?')
-    if prefix and prefix not in _PACKAGES:
-        raise InputError(f'--dataset {name}: must start with torch/, hfds/, hfids/, wds/ or tfds/, or be digits')
-    if prefix in ('', 'torch', 'wds') and not root:
+def _find_images(data_dir: str, split: str, search_split: bool, split_parameter: str) -> str:
+    """Folder or tar to read. timm itself silently reads all of `data_dir` where it does not find the split."""
+    if not os.path.exists(data_dir):
+        raise InputError(f'data_dir={data_dir}: no such folder or file')
+    if os.path.isfile(data_dir):
+        if not data_dir.endswith('.tar'):
+            raise InputError(f'data_dir={data_dir}: must be a folder of images or an uncompressed .tar of them')
+        if split not in _TRAIN_NAMES:
+            raise InputError(f'{split_parameter}={split}: a tar has no splits; `data_dir` must be a folder of them')
+        return data_dir
+    folder = find_split_folder(data_dir, split) if search_split else None
+    if folder is None and search_split and split not in _TRAIN_NAMES:
+        found = sorted(entry.name for entry in os.scandir(data_dir) if entry.is_dir() or entry.name.endswith('.tar'))
         raise InputError(
-            f"--data-dir: say where {name or 'the images'} lie" + (' or shall go' if prefix == 'torch' else ''))
-    known = (*_TORCH_TRAIN_TEST, *_TORCH_OTHERS, *_TORCH_FOLDERS)
+            f"{split_parameter}={split}: not in {data_dir}, which has {', '.join(found[:8]) or 'no folders'}")
+    return folder or data_dir  # without split folders, all images are for training
+
+
+def _check_name(dataset: str, data_dir: str, split: str, split_parameter: str) -> None:
+    """Check a data set's name and where it lies, as far as that needs no reader."""
+    prefix, lower, source = source_prefix(dataset), dataset.lower(), dataset.partition('/')[2]
+    if dataset and not prefix:
+        raise InputError(
+            f'dataset={dataset}: no such data set; digits, torch/{dataset} or hfds/... (or `data_dir` alone)?')
+    if prefix and prefix not in _PACKAGES:
+        raise InputError(f'dataset={dataset}: must start with torch/, hfds/, hfids/, wds/ or tfds/, or be digits')
+    if prefix in ('', 'torch', 'wds') and not data_dir:
+        raise InputError(f"data_dir: must be given, the folder of {dataset or 'images or a tar of them'}")
+    known = (*_TORCH_TRAIN_VAL, *_TORCH_OTHERS, *_TORCH_FOLDERS)
     if prefix == 'torch' and lower not in known:
-        raise InputError(f"--dataset {name}: there are {', '.join(known)}")
-    if lower in _TORCH_TRAIN_TEST and split not in (*_SYNONYMS[0], *_SYNONYMS[1], 'test'):
-        raise InputError(f'{flag} {split}: {name} has train and validation')
-    if prefix == 'wds' and '://' not in root and not os.path.isdir(root):
-        raise InputError(f'--data-dir {root}: must be a folder of webdataset shards')
-    source = name.partition('/')[2]
+        raise InputError(f"dataset={dataset}: must be one of {', '.join(known)}")
+    if lower in _TORCH_TRAIN_VAL and split not in (*_TRAIN_NAMES, *_VAL_NAMES, 'test'):
+        raise InputError(f'{split_parameter}={split}: {dataset} has train and validation')
+    if prefix == 'wds' and '://' not in data_dir and not os.path.isdir(data_dir):
+        raise InputError(f'data_dir={data_dir}: must be a folder of webdataset shards')
     if prefix in ('hfds', 'hfids') and source.startswith(('.', '/', '~')) and not os.path.exists(source):
-        raise InputError(f'--dataset {name}: no such folder: {source}')
+        raise InputError(f'dataset={dataset}: no such folder: {source}')
 
 
-def _explain(error: Exception, name: str, root: Optional[str], split: str, flag: str, download: bool) -> InputError:
-    """One line that names the flag, for whatever a reader's libraries raised."""
-    prefix, where = prefix_of(name), f'--dataset {name}' if name else f'--data-dir {root}'
-    reason = (' '.join(str(error).split()) or type(error).__name__)[:300]
-    lower = reason.lower().replace((root or name).lower(), '')  # no hints from the user's own names
+def _open(dataset: str, download: bool, trust_remote_code: bool, **options: Any) -> Dataset:
+    """Open a data set; `options` are those of timm's `create_dataset`."""
+    root, split = options['root'], options['split']
+    if dataset.lower() == 'torch/stl10':
+        return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
+    if source_prefix(dataset) == 'wds':
+        return IterableImageDataset(root, reader=ShardReader(name=dataset.partition('/')[2], **options))
+    if not dataset and os.path.isfile(root):
+        reader_options = {key: options[key] for key in ('class_map', 'input_key', 'target_key') if key in options}
+        return ImageDataset(root, reader=TarReader(root, **reader_options), input_img_mode=options['input_img_mode'])
+    with more_extensions():
+        return create_dataset(
+            dataset, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
+
+
+def _explain(
+        error: Exception, dataset: str, data_dir: str, split: str, split_parameter: str, download: bool) -> InputError:
+    """Name the parameter at fault, for whatever a reader's libraries have raised."""
+    prefix, source = source_prefix(dataset), f'dataset={dataset}' if dataset else f'data_dir={data_dir}'
+    text = reason(error)
+    lower = text.lower().replace((data_dir or dataset).lower(), '')  # the user's own names give no hints
     if isinstance(error, ImportError) or 'please install' in lower:
-        return InputError(f'--dataset {name}: needs a package (pip install {_PACKAGES.get(prefix, "timm")})')
+        return InputError(f'dataset={dataset}: needs a package (pip install {_PACKAGES.get(prefix, "timm")})')
     if 'num_samples' in lower:
         hint = ' (or SHARDS|N)' if prefix == 'wds' else ''
-        return InputError(f'--num-samples: say how many images {name} {split} has{hint}')
+        return InputError(f'num_samples: must be given, the number of images in {split} of {dataset}{hint}')
     if 'class map' in lower:
-        return InputError(f'--class-map: {reason}')
+        return InputError(f'class_map: {text}')
     if 'download' in lower and not download:
-        return InputError(f'{where}: {reason} (--dataset-download fetches it, --data-dir says where it is)')
+        return InputError(f'{source}: {text} (`dataset_download` fetches it, `data_dir` says where it is)')
     if 'split' in lower:
-        return InputError(f'{flag} {split}: {reason}')
-    return InputError(f'{where}: {reason}')
+        return InputError(f'{split_parameter}={split}: {text}')
+    return InputError(f'{source}: {text}')
 
 
 def _first_columns(reader: Any) -> Optional[List[str]]:
     try:
         return list(next(iter(reader.builder.as_streaming_dataset(split=reader.split))))
-    except Exception:  # whatever the stream's libraries raise; it comes again, and is explained, where images are read
+    except Exception:  # whatever the libraries raise will be raised again, and explained, when images are read
         return None
 
 
-def _check_opened(dataset: Dataset, name: str, target_key: Optional[str]) -> None:
-    """What timm's readers would only stumble over later."""
-    prefix, reader = prefix_of(name), getattr(dataset, 'reader', None)
+def _check_opened(opened: Dataset, dataset: str, target_key: Optional[str]) -> None:
+    """Raise what timm's readers would raise only later, and let them open tables without a label column."""
+    prefix = source_prefix(dataset)
+    reader: Any = getattr(opened, 'reader', None)
     if prefix == 'wds':
         for shard in reader.split_info.filenames:
             path = os.path.join(reader.root, shard)
             if '://' not in path and not path.startswith('pipe:') and not os.path.exists(path):
-                raise InputError(f'--data-dir {reader.root}: no shard {shard}')
+                raise InputError(f'data_dir={reader.root}: no shard {shard}')
     if prefix == 'hfds' and not reader.target_keys \
             and reader.label_key.split('/')[0] not in reader.dataset.column_names:
         if target_key:
-            raise InputError(f"--target-key {target_key}: the columns are {', '.join(reader.dataset.column_names)}")
+            raise InputError(f"target_key={target_key}: must be one of {', '.join(reader.dataset.column_names)}")
         reader.dataset = reader.dataset.add_column(reader.label_key, [-1] * len(reader.dataset))  # unlabelled
     if prefix == 'hfds' and reader.remap_class:
         missing = [str(label) for label in reader._source_names.values() if label not in reader.class_to_idx]
         if missing:
-            raise InputError(f"--class-map: has no number for {', '.join(missing[:5])}, of {name}")
+            raise InputError(f"class_map: has no number for {', '.join(missing[:5])}, of {dataset}")
     columns = None
     if prefix == 'hfids' and not reader.target_keys:
         columns = reader.builder.info.features or _first_columns(reader)
     if columns and reader.target_key.split('/')[0] not in columns:
         if target_key:
-            raise InputError(f"--target-key {target_key}: the columns are {', '.join(columns)}")
-        reader.target_key = reader.input_key  # unlabelled: what is no number counts as no class
-    if not is_stream(dataset) and not len(dataset):
-        raise InputError(f'--dataset {name}: holds no images')
+            raise InputError(f"target_key={target_key}: must be one of {', '.join(columns)}")
+        reader.target_key = reader.input_key  # unlabelled: an image is not a number, which `to_label` makes -1
+    if not is_stream(opened) and not len(opened):
+        raise InputError(f"{f'dataset={dataset}' if dataset else 'data_dir'}: has no images")
 
 
 def open_dataset(
-        name: Optional[str],
-        root: Optional[str],
+        dataset: Optional[str],
+        data_dir: Optional[str],
         split: Optional[str] = 'train',
         *,
         is_training: bool = False,
         batch_size: int = 1,
         seed: int = 42,
         in_chans: int = 3,
-        download: bool = False,
+        dataset_download: bool = False,
+        dataset_trust_remote_code: bool = False,
         class_map: Union[str, Dict[str, int]] = '',
         input_key: Optional[str] = None,
         target_key: Optional[str] = None,
         num_samples: Optional[int] = None,
         search_split: bool = True,
-        trust_remote_code: bool = False,
-        split_flag: str = '--train-split',
+        split_parameter: str = 'train_split',
 ) -> Dataset:
     """Open a data set of (PIL image, target) items.
 
     Args:
-        name: empty for a folder or a tar at `root`; `digits`; `torch/...` (`torch/stl10` too), `hfds/...`, `hfids/...`,
-            `wds/...`, `tfds/...` as timm's `create_dataset` reads them
-        root: folder, tar, or where the named data set lies or is cached
-        split: name of the split. `train` is all of a folder without such a sub-folder, and train + unlabelled of STL-10
-        is_training: shuffle and repeat (streams)
+        dataset: empty for a folder or a tar at `data_dir`; `digits`; `torch/...` (also `torch/stl10`), `hfds/...`,
+            `hfids/...`, `wds/...`, `tfds/...` as in timm's `create_dataset`
+        data_dir: folder, tar, or where the named data set lies or is cached
+        split: name of the split. `train` is all of a folder without such a subfolder, and train + unlabeled of STL-10
+        is_training: whether streams shuffle and repeat
+        batch_size, seed: of streams
         in_chans: 3 for colour, 1 for grey images
-        search_split: look for the split's sub-folder in `root`
-        split_flag: the option to name where the split is at fault
-        others: see `timm.data.create_dataset`
+        dataset_download: whether data sets may be downloaded
+        dataset_trust_remote_code, class_map, input_key, target_key, num_samples: see `timm.data.create_dataset`
+        search_split: whether the split may be a subfolder of `data_dir`
+        split_parameter: name of the parameter that `split` comes from, for errors
 
     Raises:
-        InputError: the data set cannot be opened; names the flag and what would be right
+        InputError: the data set cannot be opened
     """
-    name, split, mode = name or '', split or 'train', image_mode(in_chans)
-    if name == 'digits':
-        return Digits(split, mode)
-    _check_name(name, root, split, split_flag)
-    if prefix_of(name) == '' or name.lower() in _TORCH_FOLDERS:
-        root = _open_root(root, split, search_split, split_flag)
-    optional = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
-    in_turn = downloading_in_turn() if download else contextlib.nullcontext()
+    dataset, data_dir, split, mode = dataset or '', data_dir or '', split or 'train', image_mode(in_chans)
+    if dataset == 'digits':
+        with checking(split_parameter, split, ValueError):
+            return Digits(split, mode)
+    _check_name(dataset, data_dir, split, split_parameter)
+    if source_prefix(dataset) == '' or dataset.lower() in _TORCH_FOLDERS:
+        data_dir = _find_images(data_dir, split, search_split, split_parameter)
+    keys = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
     try:
-        if name.lower() == 'torch/stl10':
-            from torchvision.datasets import STL10
-            with in_turn:
-                return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
-        options = dict(
-            root=root, split=split, class_map=class_map, is_training=is_training, batch_size=batch_size,
-            num_samples=num_samples, seed=seed, input_img_mode=mode, **optional)
-        if prefix_of(name) == 'wds':
-            dataset = IterableImageDataset(root, reader=ShardReader(name=name.partition('/')[2], **options))
-        elif not name and os.path.isfile(root):
-            dataset = ImageDataset(root, reader=TarReader(root, class_map=class_map, **optional), input_img_mode=mode)
-        else:
-            with in_turn, more_extensions():
-                dataset = create_dataset(
-                    name, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
+        with rank_zero_first() if dataset_download else contextlib.nullcontext():
+            opened = _open(
+                dataset, dataset_download, dataset_trust_remote_code, root=data_dir or None, split=split,
+                class_map=class_map, is_training=is_training, batch_size=batch_size, num_samples=num_samples,
+                seed=seed, input_img_mode=mode, **keys)
+    except AttributeError:  # a bug rather than a wrong parameter
+        raise
     except TypeError as error:
-        given = next((key for key in optional if key in str(error)), None)
-        if given:
-            raise InputError(f"--{given.replace('_', '-')}: has no meaning for {name or root}") from error
-        raise _explain(error, name, root, split, split_flag, download) from error
+        key = next((key for key in keys if key in str(error)), None)
+        if key is None:
+            raise
+        raise InputError(f'{key}: does not apply to {dataset or data_dir}') from error
     except Exception as error:  # timm's readers raise whatever their libraries do
-        raise _explain(error, name, root, split, split_flag, download) from error
-    _check_opened(dataset, name, target_key)
-    return dataset
+        raise _explain(error, dataset, data_dir, split, split_parameter, dataset_download) from error
+    _check_opened(opened, dataset, target_key)
+    return opened

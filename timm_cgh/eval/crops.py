@@ -1,15 +1,16 @@
-"""Labelled images -> augmented batches, for what is trained with labels (linear heads, fine-tuning)."""
+"""Labelled images -> augmented batches, to train linear heads and to fine-tune."""
 import contextlib
 import logging
 import random
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from timm_cgh.data import EpochBatchSampler, image_mode
-from timm_cgh.data.decode import read_or_another
+from timm_cgh.data.decode import read_or_substitute
+from timm_cgh.distributed import Process
 from timm_cgh.errors import InputError
 
 __all__ = ['BlockSampler', 'CropLoader']
@@ -18,12 +19,11 @@ _logger = logging.getLogger('eval')
 
 
 class BlockSampler(EpochBatchSampler):
-    """The sampler of pre-training, with the incomplete last batch kept: 1 % of a small data set may be all of one.
+    """The sampler of pre-training, but the incomplete last batch is kept: 1 % of a small data set may be less than one.
 
     Args:
         num_samples, batch_size, seed, rank, world_size: see `EpochBatchSampler`
-        least: images that every process needs in a batch (2 where batch statistics are taken); a last batch with fewer
-            is left out
+        least: images that every process needs in a batch (2 for batch norm); a last batch with fewer is dropped
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class BlockSampler(EpochBatchSampler):
     ):
         super().__init__(num_samples, batch_size, seed, rank, world_size)
         if num_samples < least * world_size:
-            raise InputError(f'--train-split: {num_samples} images are too few for {world_size} processes')
+            raise InputError(f'train_split: {num_samples} images are too few for {world_size} processes')
         whole, rest = divmod(num_samples, batch_size * world_size)
         self.steps = whole + (rest >= least * world_size)
 
@@ -45,12 +45,12 @@ class BlockSampler(EpochBatchSampler):
         return self.steps
 
     def block_size(self, batch: int) -> int:
-        """Images that all processes together have in a batch."""
-        of_all = self.batch_size * self.world_size
-        return min(of_all, self.num_samples - batch * of_all)
+        """Number of images in a batch over all processes."""
+        size = self.batch_size * self.world_size
+        return min(size, self.num_samples - batch * size)
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """This process's part of each batch of the epoch, (B,) indices."""
+        """This process's part of each batch of the epoch: (B,) indices."""
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
         order = torch.randperm(self.num_samples, generator=generator)
         for block in order.split(self.batch_size * self.world_size)[self.start_batch:self.steps]:
@@ -63,8 +63,8 @@ class BlockSampler(EpochBatchSampler):
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Both generators that transforms draw from, as if nothing else had drawn; as before afterwards."""
-    generator = torch.default_generator  # torch.manual_seed would see to every device: 100 us for each image
+    """Seed the two generators that transforms draw from; their states are restored afterwards."""
+    generator = torch.default_generator  # torch.manual_seed would seed every device as well: 100 us per image
     states = random.getstate(), generator.get_state()
     random.seed(seed)
     generator.manual_seed(seed)
@@ -76,7 +76,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 class _Crops(Dataset):
-    """(uint8 crop, label) asked for by (epoch, index): the crop is a function of seed, epoch and index alone."""
+    """(uint8 crop, label) by (epoch, index): the crop is a function of seed, epoch and index alone."""
 
     def __init__(self, dataset: Dataset, transform: Any, seed: int, mode: str):
         self.dataset = dataset
@@ -88,9 +88,9 @@ class _Crops(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Tuple[int, int]) -> Tuple[torch.Tensor, int]:
-        image, label, unreadable = read_or_another(self.dataset, key[1], self.mode)
+        image, label, unreadable = read_or_substitute(self.dataset, key[1], self.mode)
         for name in unreadable:
-            _logger.warning(f'Unreadable image passed over: {name}')
+            _logger.warning(f'Unreadable image, replaced by another: {name}')
         with _seeded(hash((self.seed, *key))):
             return self.transform(image), label
 
@@ -98,37 +98,35 @@ class _Crops(Dataset):
 class CropLoader:
     """timm's training transform (random resized crop, flip) over a labelled map-style data set.
 
-    The same batches for any number of workers, and after a resume; N processes see what one
-    with the N-fold batch would.
+    The batches are the same for any number of workers and after a resume; N processes see what one process with N times
+    the batch size would.
 
     Args:
-        dataset: gives (PIL image, label) items
+        images: map-style data set of (PIL image, label) items
         data_config: timm's `input_size`, `mean`, `std`, `interpolation`
+        process: this process; the batches are on its device
         batch_size: per process
-        device: where batches are wanted
         seed: of order and crops
         workers: worker processes
-        rank, world_size: this process, of how many
         scale, ratio, hflip: of the crop (the authors' code: 0.08 to 1, 3/4 to 4/3, 0.5)
         least: see `BlockSampler`
     """
 
     def __init__(
             self,
-            dataset: Dataset,
+            images: Dataset,
             data_config: Dict[str, Any],
+            process: Process = Process(),
+            *,
             batch_size: int,
-            device: Union[str, torch.device] = 'cpu',
             seed: int = 42,
             workers: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
             scale: Sequence[float] = (0.08, 1.0),
             ratio: Sequence[float] = (3 / 4, 4 / 3),
             hflip: float = 0.5,
             least: int = 1,
     ):
-        self.device = torch.device(device)
+        self.device = process.device
         chans, *size = data_config['input_size']
         transform = create_transform(
             (chans, *size),
@@ -140,9 +138,9 @@ class CropLoader:
             interpolation=data_config.get('interpolation') or 'bilinear',
             normalize=False,  # uint8: a quarter of what float would move between processes
         )
-        self.sampler = BlockSampler(len(dataset), batch_size, seed, rank, world_size, least)
+        self.sampler = BlockSampler(len(images), batch_size, seed, process.rank, process.world_size, least)
         self.loader = DataLoader(
-            _Crops(dataset, transform, seed, image_mode(chans)),
+            _Crops(images, transform, seed, image_mode(chans)),
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=default_collate,
@@ -156,7 +154,7 @@ class CropLoader:
         return len(self.sampler)
 
     def epoch(self, epoch: int) -> Iterator[Tuple[torch.Tensor, torch.Tensor, int]]:
-        """Batches of an epoch: normalised (B, C, H, W) images, (B,) labels, images of the batch over all processes."""
+        """Batches of an epoch: normalised (B, C, H, W) images, (B,) labels, number of images over all processes."""
         self.sampler.set_epoch(epoch)
         for batch, (images, labels) in enumerate(self.loader):
             images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)

@@ -1,131 +1,29 @@
-"""Images -> feature matrix, for everything that judges a frozen backbone."""
-import copy
+"""Images -> feature matrix of a frozen backbone, the images divided among the processes."""
+import logging
+import sys
+import time
+from datetime import timedelta
 from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import create_loader
-from torch.utils.data import Dataset, IterableDataset
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from timm_cgh.data.workers import iterate, start_worker
+from timm_cgh.data import image_mode
+from timm_cgh.data.decode import read_or_substitute
+from timm_cgh.data.workers import iterate
+from timm_cgh.distributed import Process
 
-__all__ = ['Pixels', 'create_eval_loader', 'eval_crop_pct', 'extract_features', 'pooled_features']
+from .gather import block_indices, gather_rows
+from .loader import create_eval_loader
 
+__all__ = ['FeatureExtractor', 'Pixels', 'extract_features', 'pooled_features']
 
-def eval_crop_pct(img_size: int) -> float:
-    """Share of the resized image that the centre crop keeps: 224 of 256 px, everything on small images.
-
-    Below 224 px an image of native size thus passes without resize and crop, as in the authors' evaluation.
-    """
-    return 0.875 if img_size >= 224 else 1.0
-
-
-def _read(image: Any, transform: Any, mode: str) -> torch.Tensor:
-    if getattr(image, 'mode', mode) != mode:  # torchvision's data sets give whatever the file holds
-        image = image.convert(mode)
-    return transform(image)
-
-
-class _EvalImages(Dataset):
-    """Items of a map-style data set of images, through an evaluation transform; the data set itself is left alone."""
-
-    def __init__(self, dataset: Dataset, mode: str):
-        self.dataset = dataset
-        self.mode = mode
-        self.transform = None  # timm's create_loader sets it
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        image, target = self.dataset[index][:2]
-        return _read(image, self.transform, self.mode), -1 if target is None else int(target)
-
-
-class _EvalStream(IterableDataset):
-    """Items of a stream of images, through an evaluation transform."""
-
-    def __init__(self, dataset: IterableDataset, mode: str):
-        self.dataset = dataset
-        self.mode = mode
-        self.transform = None
-
-    def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
-        for image, target, *_ in self.dataset:
-            yield _read(image, self.transform, self.mode), -1 if target is None else int(target)
-
-
-def _start_worker(info: Any) -> int:
-    start_worker(info.id)
-    return info.seed
-
-
-def create_eval_loader(
-        dataset: Dataset,
-        data_config: Dict[str, Any],
-        batch_size: int = 256,
-        workers: int = 0,
-        device: Union[str, torch.device] = 'cpu',
-) -> Iterable[Tuple[torch.Tensor, torch.Tensor]]:
-    """timm's evaluation loader: resize, centre crop (see `eval_crop_pct`), normalise; every image once, in order.
-
-    Args:
-        dataset: gives (PIL image, target) items, map-style or a stream; not changed
-        data_config: timm's: `input_size` (C, H, W) with C 1 or 3, `mean` and `std` per channel, `interpolation`
-        batch_size: images per batch; the last one may be smaller
-        workers: worker processes; they end with each pass
-        device: where batches are wanted; on an accelerator timm's prefetcher transfers and normalises
-
-    Returns:
-        iterable of ((B, C, H, W) float32, (B,) int64) batches, on `device` where that is an accelerator
-
-    Raises:
-        ValueError: channels other than 1 and 3, or mean and std of another number of channels
-    """
-    device = torch.device(device)
-    chans, *img_size = data_config['input_size']
-    if chans not in (1, 3):
-        raise ValueError(f'images have 1 or 3 channels, input_size asks for {chans}')
-    if not len(data_config['mean']) == len(data_config['std']) == chans:
-        raise ValueError(f"{chans} channels, mean {data_config['mean']}, std {data_config['std']}: one per channel")
-    stream = isinstance(dataset, IterableDataset)
-    if stream and hasattr(dataset, 'set_loader_cfg'):
-        dataset = copy.copy(dataset)
-        dataset.set_loader_cfg(num_workers=workers)  # create_loader tells timm's own class only
-    prefetch = device.type != 'cpu'
-    return create_loader(
-        (_EvalStream if stream else _EvalImages)(dataset, 'L' if chans == 1 else 'RGB'),
-        input_size=(chans, *img_size),
-        batch_size=batch_size,
-        is_training=False,
-        interpolation=data_config.get('interpolation') or 'bilinear',
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=workers,
-        crop_pct=eval_crop_pct(min(img_size)),
-        crop_mode='center',
-        pin_memory=device.type == 'cuda',
-        device=device,
-        use_prefetcher=prefetch,
-        persistent_workers=False,  # minutes may lie between two evaluations
-        worker_seeding=_start_worker,
-    )
-
-
-def pooled_features(model: nn.Module, images: torch.Tensor, amp_dtype: Optional[torch.dtype] = None) -> torch.Tensor:
-    """(B, D) float32 features of a batch, of a model that pools or of the last map of a `features_only` model.
-
-    Args:
-        model: frozen, see `extract_features`
-        images: (B, C, H, W) normalised, on the model's device
-        amp_dtype: run under autocast to this type; what float16 cannot hold is run again in float32
-    """
-    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        output = _pooled(model(images), model)
-    if amp_dtype is torch.float16 and not output.isfinite().all():  # beyond 65504 in some layer
-        output = _pooled(model(images), model)
-    return output.float()
+_logger = logging.getLogger('eval')
 
 
 def _pooled(output: Any, model: nn.Module) -> torch.Tensor:
@@ -136,6 +34,21 @@ def _pooled(output: Any, model: nn.Module) -> torch.Tensor:
     return output
 
 
+def pooled_features(model: nn.Module, images: torch.Tensor, amp_dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """(B, D) float32 features of a batch: the model's output, or the average of a `features_only` model's last map.
+
+    Args:
+        model: frozen, see `extract_features`
+        images: (B, C, H, W) normalised, on the model's device
+        amp_dtype: of autocast; a batch with features beyond the range of float16 is run again in float32
+    """
+    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        output = _pooled(model(images), model)
+    if amp_dtype is torch.float16 and not output.isfinite().all():  # beyond 65504 in some layer
+        output = _pooled(model(images), model)
+    return output.float()
+
+
 def extract_features(
         model: nn.Module,
         loader: Iterable[Tuple[torch.Tensor, torch.Tensor]],
@@ -143,16 +56,15 @@ def extract_features(
         amp_dtype: Optional[torch.dtype] = None,
         channels_last: bool = False,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Pooled features of all images, without gradient, from the model in eval mode.
+    """Pooled features of all images of a loader, without gradient, from the model in eval mode.
 
-    Model (each module's own training flag included) and the CPU's random state are as before when this returns.
+    The model (with the training flag of each module) and the CPU's random state are left as they were.
 
     Args:
-        model: timm model without classifier (`num_classes=0`), on `device`; one built with `features_only` gives the
-            average of its last map
+        model: timm model without classifier (`num_classes=0`) or `features_only` model, on `device`
         loader: batches of normalised images and labels
         device: where the model is
-        amp_dtype: run under autocast to this type; a batch that float16 cannot hold is run again in float32
+        amp_dtype: see `pooled_features`
         channels_last: give the images in channels-last layout
 
     Returns:
@@ -163,7 +75,6 @@ def extract_features(
     """
     if getattr(model, 'num_classes', 0):
         raise ValueError(f'features need a model without classifier: num_classes=0, not {model.num_classes}')
-    device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     training = [(module, module.training) for module in model.modules()]
     features, labels = [], []
@@ -179,17 +90,16 @@ def extract_features(
         for module, flag in training:  # parents come first: what train() does to their children is put right after
             module.train(flag)
     if not features:
-        raise ValueError('no images to take features from')
+        raise ValueError('no images to extract features from')
     return torch.cat(features), torch.cat(labels).long()
 
 
 class Pixels(nn.Module):
-    """Pixel values as features: the yardstick that any backbone should beat. A model without parameters, for
-    `extract_features`.
+    """Raw pixel values as features, the baseline of every backbone: a model without parameters.
 
     Args:
         mean, std: per channel, that the images have been normalised with
-        max_size: larger images are averaged down to that many px on a side
+        max_size: larger images are averaged down to this side, px
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], max_size: int = 32):
@@ -205,3 +115,112 @@ class Pixels(nn.Module):
         if size != images.shape[-2:]:
             images = F.interpolate(images, size=size, mode='area')
         return images.flatten(1)
+
+
+class _Share(Dataset):
+    """This rank's images of a data set; an unreadable one is replaced by the same other image on every rank."""
+
+    def __init__(self, dataset: Dataset, indices: torch.Tensor, mode: str, warn_unreadable: bool):
+        self.dataset = dataset
+        self.indices = indices
+        self.mode = mode
+        self.warn_unreadable = warn_unreadable
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
+        image, label, unreadable = read_or_substitute(self.dataset, int(self.indices[index]), self.mode)
+        for name in unreadable if self.warn_unreadable else ():
+            _logger.warning(f'Unreadable image, replaced by another: {name}')
+        return image, label
+
+
+def _with_progress(batches: Iterable, total: int, silent: bool) -> Iterator:
+    """The batches, with a bar on a terminal, a log line every ten seconds elsewhere."""
+    bar = sys.stderr.isatty()
+    began = logged = time.monotonic()
+    for done, batch in enumerate(tqdm(batches, 'features', total, leave=False, disable=silent or not bar), start=1):
+        yield batch
+        now = time.monotonic()
+        if not silent and not bar and now - logged > 10:
+            logged = now
+            left = timedelta(seconds=round((now - began) / done * (total - done)))
+            _logger.info(f'features [{done}/{total}], ETA {left}')
+
+
+class FeatureExtractor:
+    """Features of whole data sets, each image once, the work divided among the processes.
+
+    Batches are those of a single process, whatever the number of processes: the features are the same to the last bit.
+
+    Args:
+        data_config: see `create_eval_loader`
+        process: this process; the models are on its device
+        batch_size: per process
+        workers: data workers per process
+        amp_dtype, channels_last: see `extract_features`
+    """
+
+    def __init__(
+            self,
+            data_config: Dict[str, Any],
+            process: Process = Process(),
+            *,
+            batch_size: int = 256,
+            workers: int = 0,
+            amp_dtype: Optional[torch.dtype] = None,
+            channels_last: bool = False,
+    ):
+        self.data_config = data_config
+        self.process = process
+        self.batch_size = batch_size
+        self.workers = workers
+        self.amp_dtype = amp_dtype
+        self.channels_last = channels_last
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device and into the memory format of the images."""
+        return model.to(self.process.device, memory_format=self.memory_format)
+
+    @torch.no_grad()
+    def batch_features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """(B, D) float32 features of (B, C, H, W) normalised images on the device, from the model as it is."""
+        return pooled_features(model, images.to(memory_format=self.memory_format), self.amp_dtype)
+
+    def __call__(
+            self,
+            model: nn.Module,
+            dataset: Dataset,
+            warn_unreadable: bool = True,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Extract the features of a data set. Collective: every rank must call.
+
+        Args:
+            model: see `extract_features`
+            dataset: map-style, (PIL image, label) items
+            warn_unreadable: log the name of each image that had to be replaced by another
+
+        Returns:
+            (N, D) float32 features and (N,) int64 labels on the CPU, in the data set's order, on every rank
+        """
+        count, device = len(dataset), self.process.device
+        indices = block_indices(count, self.batch_size, self.process.rank, self.process.world_size)
+        share = _Share(dataset, indices, image_mode(self.data_config['input_size'][0]), warn_unreadable)
+        features, labels = torch.empty(0, 0), torch.empty(0, dtype=torch.long)
+        if len(indices):
+            loader = create_eval_loader(share, self.data_config, self.batch_size, self.workers, device)
+            batches = _with_progress(loader, len(loader), silent=not self.process.primary)
+            features, labels = extract_features(model, batches, device, self.amp_dtype, self.channels_last)
+        if self.process.distributed:
+            width = torch.tensor(features.shape[1], device=device)
+            dist.all_reduce(width, op=dist.ReduceOp.MAX)
+            features = features.view(len(features), int(width))  # a rank without images has width 0
+        return (
+            gather_rows(features, count, self.batch_size, device),
+            gather_rows(labels, count, self.batch_size, device),
+        )

@@ -1,13 +1,12 @@
-"""Backbones in the formats of neighbours: torchvision, detectron2, ONNX.
+"""Backbones in the formats of other libraries: torchvision, detectron2, ONNX.
 
-The names of detectron2's ResNet are those that its own tools/convert-torchvision-to-d2.py and MoCo's
+detectron2's names for a ResNet are those that its own tools/convert-torchvision-to-d2.py and MoCo's
 detection/convert-pretrain-to-detectron2.py write: `stem.conv1.weight`, `stem.conv1.norm.*`, `res2.0.conv1.weight`,
-`res2.0.conv1.norm.*`, `res2.0.shortcut.*`. Its checkpointer matches them as suffixes (`matching_heuristics`), so that
-one file serves FPN models (`backbone.bottom_up.res5...`) and C4 models (`backbone.res4...`, `roi_heads.res5...`).
+`res2.0.conv1.norm.*`, `res2.0.shortcut.*`. Its checkpointer matches them as suffixes (`matching_heuristics`), so one
+file serves FPN models (`backbone.bottom_up.res5...`) and C4 models (`backbone.res4...`, `roi_heads.res5...`).
 """
 import json
 import logging
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,67 +14,68 @@ from typing import Any, Callable, Dict, NamedTuple, Union
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision import models as torchvision_models
 
-from timm_cgh.download import HUB_PREFIX, fetch_folder
-from timm_cgh.errors import InputError, blame
+from timm_cgh.errors import InputError, checking
+from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.files import atomic_path
-from timm_cgh.models.weights import check_fits, load_folder
+from timm_cgh.models.checkpoints import check_fits, find_source, load_folder, read_file, run_arguments
 
-__all__ = ['FORMATS', 'as_torchvision', 'convert', 'find_folder']
+__all__ = ['FORMATS', 'as_torchvision', 'convert']
 
 _logger = logging.getLogger('hub')
 
 
-def find_folder(source: str) -> str:
-    """The folder in timm's hub format that a user names.
-
-    Args:
-        source: folder of a run, its `export/`, any such folder, or `hf-hub:owner/name[@revision]`
-
-    Raises:
-        InputError: nothing of that kind, or not to be had
-    """
-    if source.startswith(HUB_PREFIX):
-        with blame(source):
-            return fetch_folder(source)
-    for folder in (os.path.join(source, 'export'), source):
-        if os.path.isfile(os.path.join(folder, 'config.json')):
-            return folder
-    raise InputError(f"{source}: no config.json there; give a run's folder, its export/, or hf-hub:OWNER/NAME")
+def _load(source: str) -> nn.Module:
+    """The plain timm model in a folder, a checkpoint of a run, or on the Hub, in eval mode."""
+    path = find_source(source, 'source')
+    if path.is_dir():
+        return load_folder(path, num_classes=0).eval()
+    if not run_arguments(read_file(path, 'source', mmap=True)):
+        raise InputError(f'source={source}: weights of an unknown model; give a run, its export/ or its checkpoint')
+    backbone = load_backbone(checkpoint=str(path))
+    backbone.model.pretrained_cfg.update(backbone.data_config)
+    return backbone.model
 
 
-def input_config(model: nn.Module) -> Dict[str, Any]:
-    """What a model wants of its images, and which it is; the values that matter to whoever feeds it."""
+def _input_config(model: nn.Module) -> Dict[str, Any]:
+    """Which model it is, and how its images are prepared."""
     names = ('architecture', 'tag', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
     return {name: model.pretrained_cfg[name] for name in names if name in model.pretrained_cfg}
 
 
 @torch.no_grad()
 def as_torchvision(model: nn.Module) -> nn.Module:
-    """torchvision's own ResNet with a backbone's weights, once it is known to give the same features."""
+    """torchvision's ResNet with a backbone's weights, checked to return the same features.
+
+    Args:
+        model: timm model with `num_classes=0`, in eval mode
+
+    Raises:
+        InputError: torchvision has no such model, or a variant that differs
+    """
     name = model.pretrained_cfg['architecture']
     build = getattr(torchvision_models.resnet, name, None)
     if not callable(build):
-        raise InputError(f'--to: torchvision has no {name}, only its ResNets go there (and to detectron2)')
+        raise InputError(f'to: torchvision has no {name}; only its ResNets can be converted for it and for detectron2')
     other = build(weights=None)
     other.fc = nn.Identity()
-    state = model.state_dict()
-    with blame(f"--to: not torchvision's {name}"):
-        check_fits({k: v.shape for k, v in state.items()}, {k: v.shape for k, v in other.state_dict().items()})
-    other.load_state_dict(state)
+    shapes, wanted = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, other))
+    check_fits(shapes, wanted, f"to: differs from torchvision's {name}")
+    other.load_state_dict(model.state_dict())
     other.eval()
     images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    wanted = model(images)
-    if not torch.allclose(other(images), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item()):
-        raise InputError(f"--to: torchvision's {name} gives other features than this variant of it")
+    features = model(images)
+    if not torch.allclose(other(images), features, rtol=1e-4, atol=1e-4 * features.abs().max().item()):
+        raise InputError(f"to: torchvision's {name} computes other features than this variant of it")
     return other
 
 
-def to_torchvision(model: nn.Module, path: Path) -> str:
-    """safetensors with the names of torchvision's ResNet, no `fc`."""
-    metadata = {'format': 'pt', **{k: json.dumps(v) for k, v in input_config(model).items()}}
+def _write_torchvision(model: nn.Module, path: Path) -> str:
+    """safetensors with the names of torchvision's ResNet, without `fc`."""
+    metadata = {'format': 'pt', **{k: json.dumps(v) for k, v in _input_config(model).items()}}
     save_file(as_torchvision(model).state_dict(), path, metadata=metadata)
     name = model.pretrained_cfg['architecture']
     return (
@@ -83,8 +83,8 @@ def to_torchvision(model: nn.Module, path: Path) -> str:
         f'model.load_state_dict(safetensors.torch.load_file(...))')
 
 
-def detectron2_name(name: str) -> str:
-    """Name of a tensor of torchvision's ResNet in detectron2's."""
+def _detectron2_name(name: str) -> str:
+    """detectron2's name for a tensor of torchvision's ResNet."""
     if not name.startswith('layer'):
         name = f'stem.{name}'
     name = re.sub(r'^layer(\d)', lambda found: f'res{int(found[1]) + 1}', name)
@@ -92,76 +92,75 @@ def detectron2_name(name: str) -> str:
     return name.replace('downsample.0', 'shortcut').replace('downsample.1', 'shortcut.norm')
 
 
-def to_detectron2(model: nn.Module, path: Path) -> str:
-    """A `.pth` of tensors that detectron2's checkpointer and `torch.load(weights_only=True)` read: no free pickle."""
+def _write_detectron2(model: nn.Module, path: Path) -> str:
+    """A `.pth` of tensors for detectron2's checkpointer, readable by `torch.load(weights_only=True)`."""
     state = as_torchvision(model).state_dict()
-    tensors = {detectron2_name(k): v for k, v in state.items() if not k.endswith('num_batches_tracked')}
+    tensors = {_detectron2_name(k): v for k, v in state.items() if not k.endswith('num_batches_tracked')}
     torch.save({'model': tensors, '__author__': 'timm-cgh', 'matching_heuristics': True}, path)
-    config, block = input_config(model), model.layer1[0]
+    config, block = _input_config(model), model.layer1[0]
     mean, std = ([round(255 * value, 3) for value in config[key]] for key in ('mean', 'std'))
-    resnet = {'DEPTH': int(re.search(r'resnex?t(\d+)', config['architecture'])[1]), 'STRIDE_IN_1X1': 'false'}
-    if resnet['DEPTH'] < 50:
+    depth = int(re.sub(r'.*resnex?t(\d+).*', r'\1', config['architecture']))
+    resnet = {'DEPTH': depth, 'STRIDE_IN_1X1': 'false'}
+    if depth < 50:
         resnet['RES2_OUT_CHANNELS'] = 64
     elif block.conv2.in_channels != 64:  # ResNeXt, wide ResNet
         groups = block.conv2.groups
         resnet.update(NUM_GROUPS=groups, WIDTH_PER_GROUP=block.conv2.in_channels // groups)
-    # the defaults there are for Caffe2's weights: BGR, the stride in the 1x1 convolution, no division by the deviation
-    resnet = ', '.join(f'{key}: {value}' for key, value in resnet.items())
-    return f'INPUT: {{FORMAT: RGB}}, MODEL: {{PIXEL_MEAN: {mean}, PIXEL_STD: {std}, RESNETS: {{{resnet}}}}}'
+    # detectron2's defaults are for Caffe2 weights: BGR, the stride in the 1x1 convolution, no division by the deviation
+    settings = ', '.join(f'{key}: {value}' for key, value in resnet.items())
+    return f'INPUT: {{FORMAT: RGB}}, MODEL: {{PIXEL_MEAN: {mean}, PIXEL_STD: {std}, RESNETS: {{{settings}}}}}'
 
 
-def to_onnx(model: nn.Module, path: Path) -> str:
-    """ONNX by torch's exporter, any batch size, with the input configuration as JSON under `input_config`."""
+def _write_onnx(model: nn.Module, path: Path) -> str:
+    """ONNX from torch's exporter, for any batch size, with the input configuration as JSON under `input_config`."""
     if find_spec('onnxscript') is None:
-        raise InputError('--to onnx: needs two packages, pip install onnx onnxscript')
-    images = torch.zeros(2, *model.pretrained_cfg['input_size'])
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        verbose=False,
-        input_names=['images'],
-        output_names=['features'],
-        dynamic_shapes=({0: torch.export.Dim('batch')},),
-    )
-    program.model.metadata_props['input_config'] = json.dumps(input_config(model))
+        raise InputError('to=onnx: needs two packages, pip install onnx onnxscript')
+    with checking('to', 'onnx', RuntimeError):
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, *model.pretrained_cfg['input_size']),),
+            dynamo=True,
+            verbose=False,
+            input_names=['images'],
+            output_names=['features'],
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+        )
+    program.model.metadata_props['input_config'] = json.dumps(_input_config(model))
     program.save(path)
-    return 'onnxruntime.InferenceSession(...).run(None, {"images": ...}); its metadata has the input configuration'
+    return 'onnxruntime.InferenceSession(...).run(None, {"images": ...}); the input configuration is in its metadata'
 
 
 class Format(NamedTuple):
-    """Where a backbone can go."""
+    """A file format: its suffix, and a function that writes a model and returns how the file is used."""
     suffix: str
-    write: Callable[[nn.Module, Path], str]  # gives how it is used
+    write: Callable[[nn.Module, Path], str]
 
 
 FORMATS = {
-    'torchvision': Format('.safetensors', to_torchvision),
-    'detectron2': Format('.pth', to_detectron2),
-    'onnx': Format('.onnx', to_onnx),
+    'torchvision': Format('.safetensors', _write_torchvision),
+    'detectron2': Format('.pth', _write_detectron2),
+    'onnx': Format('.onnx', _write_onnx),
 }
 
 
-def convert(source: str, to: str, path: Union[str, Path]) -> None:
-    """Write a backbone for another program, whole or not at all, and say how it is used there.
+def convert(source: str, to: str, output: Union[str, Path]) -> None:
+    """Write a backbone for another library, and log how the file is used there.
 
     Args:
-        source: see `find_folder`
+        source: run folder, its `export/` or its checkpoint file; any folder in timm's hub format; or
+            `hf-hub:owner/name[@revision]`
         to: a key of `FORMATS`
-        path: file to write
+        output: file to write
 
     Raises:
-        InputError: no such backbone, one that the format does not take, or a file that cannot be written
+        InputError: no such backbone, one that the format does not support, or a file that cannot be written
     """
     suffix, write = FORMATS[to]
-    if Path(path).suffix != suffix:
-        raise InputError(f'--output {path}: must end in {suffix} for --to {to}')
-    folder = find_folder(source)
-    with blame(source):
-        model = load_folder(folder, num_classes=0).eval()
-    with blame('--to', to):
-        with blame('--output', path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temp:
+    if Path(output).suffix != suffix:
+        raise InputError(f'output={output}: must end in {suffix} for `to` {to}')
+    model = _load(source)
+    with checking('output', output, OSError, SafetensorError):
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(output) as temp:
             use = write(model, temp)
-    _logger.info(f'{path}: {use}')
+    _logger.info(f'{output}: {use}')

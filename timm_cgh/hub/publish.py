@@ -1,4 +1,4 @@
-"""A run's export as a repository on the Hugging Face Hub: the folder first, then one commit."""
+"""A run's export as a repository on the Hugging Face Hub: a folder first, then one commit."""
 import hashlib
 import json
 import shutil
@@ -15,41 +15,47 @@ from safetensors.torch import load_file, save_file
 
 from timm_cgh.data import data_name
 from timm_cgh.download import hub_reason, redact
-from timm_cgh.errors import InputError, blame
-from timm_cgh.files import atomic_path, atomic_write
-from timm_cgh.models.weights import check_folder, load_folder, weights_digest
-from timm_cgh.summary import epochs_done, read_rows
+from timm_cgh.errors import InputError, checking
+from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows
+from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
 from .convert import as_torchvision
-from .figures import monitor_figures, read_figure
+from .results import read_knn_checks, read_result
 
-__all__ = ['check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_folder']
+__all__ = ['check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_args', 'write_folder']
 
-# of args.yaml, what is true of one machine or one start alone
-_OF_THE_MACHINE = (
+# options that hold for one machine or one start only
+_LOCAL_OPTIONS = (
     'config', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'workers', 'no_pin_mem', 'device',
     'dataset_download', 'class_map', 'log_wandb', 'log_tensorboard', 'torchcompile', 'checkpoint_hist',
 )
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what is no `owner/name`.
+    """Check that a repository id is `owner/name`.
 
     Raises:
-        InputError: says what is wrong
+        InputError: it is not
     """
-    with blame('--repo-id', repo_id):
+    with checking('repo_id', repo_id, ValueError):
         validate_repo_id(repo_id)
     if repo_id.count('/') != 1:
-        raise InputError(f'--repo-id {repo_id}: must be OWNER/NAME')
+        raise InputError(f'repo_id={repo_id}: must be OWNER/NAME')
+
+
+class _RunArguments(dict):
+    """Content of an `args.yaml`; one of another version may lack an option."""
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f'args.yaml: has no {key}, it is from another version of train.py')
 
 
 def read_args(run: Union[str, Path]) -> Dict[str, Any]:
     """A run's `args.yaml`.
 
     Raises:
-        InputError: no such file, or not of a run
+        InputError: no such file, or not a run's; also later, when an option that it lacks is read
     """
     path = Path(run) / 'args.yaml'
     try:
@@ -58,24 +64,31 @@ def read_args(run: Union[str, Path]) -> Dict[str, Any]:
         raise InputError(f'{path}: {getattr(error, "strerror", None) or "not a YAML file"}; give RUN/export') from error
     if not isinstance(args, dict) or 'momentum_teacher' not in args:
         raise InputError(f'{path}: not the arguments of a run of train.py')
-    return args
+    return _RunArguments(args)
 
 
 def portable_args(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
-    """Arguments of a run without what is true of its machine alone: no folders, no devices, nothing like a login."""
-    kept = {k: v for k, v in args.items() if k not in _OF_THE_MACHINE}
+    """A run's arguments without those that hold for its machine only: no folders, devices or credentials."""
+    kept = {k: v for k, v in args.items() if k not in _LOCAL_OPTIONS}
     name = args['dataset'].partition('/')[2]
-    if name and data_name(args['dataset'], None) != name:  # a path, not a name of the Hub's or torchvision's
+    if name and data_name(args['dataset'], None) != name:  # a path, not a name on the Hub or in torchvision
         kept['dataset'] = ''
-    if not kept['dataset']:  # parts of a data set that stays behind
+    if not kept['dataset']:  # these belong to the data set
         kept = {k: v for k, v in kept.items() if k not in ('train_split', 'val_split', 'input_key', 'target_key')}
     if args['model'].startswith('local-dir:'):
         kept['model'] = architecture
     return yaml.safe_load(redact(yaml.safe_dump(kept, sort_keys=False)))
 
 
+def write_args(folder: Union[str, Path], facts: Facts) -> None:
+    """Write the run's `args.yaml` for other machines (see `portable_args`)."""
+    with atomic_write(Path(folder) / 'args.yaml') as file:
+        args = portable_args(facts.args, facts.architecture)
+        yaml.safe_dump(args, file, default_flow_style=None, sort_keys=False)
+
+
 def _write_weights(source: Path, target: Path, float16: bool) -> str:
-    """Copy `model.safetensors`, rounded where asked for; gives its SHA-256.
+    """Copy `model.safetensors`, rounded if `float16`; returns its SHA-256.
 
     Raises:
         InputError: values that are not finite, in the run or in float16
@@ -95,13 +108,18 @@ def _write_weights(source: Path, target: Path, float16: bool) -> str:
         return hashlib.sha256(temp.read_bytes()).hexdigest()
 
 
-def _check_age(export: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """Refuse an export that a run left before it went on and was cut off: the card would tell of other weights."""
+def _check_export(export: Path, trained: Optional[Mapping[str, torch.Tensor]]) -> Dict[str, Any]:
+    """Check that a folder is a run's backbone, with the weights of the run's last checkpoint; returns `config.json`."""
+    config = check_folder(export)
+    if config['num_classes']:
+        raise InputError(f"export={export}: has a classifier of {config['num_classes']} classes; give RUN/export")
     exported = load_file(export / 'model.safetensors')
-    if any(name in trained and not torch.equal(value, trained[name]) for name, value in exported.items()):
+    if trained and any(name in trained and not torch.equal(value, trained[name]) for name, value in exported.items()):
+        # the card would describe other weights
         raise InputError(
-            f"EXPORT {export}: other weights than the run's last checkpoint, which was cut off after that export; "
-            f'train.py --resume auto ends it properly')
+            f'export={export}: older than the last checkpoint of the run, which was interrupted after that export; '
+            'resume it with train.py and let it finish')
+    return config
 
 
 def _fits_torchvision(model: nn.Module) -> bool:
@@ -122,46 +140,42 @@ def write_folder(
         license: str = 'apache-2.0',
         code: Optional[str] = None,
         float16: bool = False,
-        task: bool = False,
+        include_task: bool = False,
         checkpoint: Optional[Mapping[str, Any]] = None,
 ) -> Facts:
-    """Write what is published of a run: `model.safetensors`, `config.json`, and `README.md`, the model card.
+    """Write what is published of a run: `model.safetensors`, `config.json`, and the model card `README.md`.
 
     Args:
         export: the run's `export/`, beside its `args.yaml` and `summary.csv`
-        folder: to write to, made if absent
+        folder: to write to, created if absent
         repo_id: `owner/name`
-        revision: branch that it goes to; default main
+        revision: branch on the Hub; default main
         results: JSON files of the evaluation scripts
-        dataset: what the card calls the training images; default as `args.yaml` has it
-        license: of the weights, the Hub's identifier
+        dataset: name of the training images in the card; default that of `args.yaml`
+        license: of the weights, an identifier of the Hub
         code: GitHub repository of this code
         float16: store half precision
-        task: the state of the pre-training is published as well
-        checkpoint: content of the run's last one, where there is one: its weights must be the export's
+        include_task: the training state is published as well
+        checkpoint: content of the run's last checkpoint, if there is one; its weights must be the export's
 
     Returns:
         what the card was written from
 
     Raises:
-        InputError: not the export of a run, or broken, or older than the checkpoint; results of another model; metadata
-            that the Hub refuses
+        InputError: not the export of a run, or broken, or older than the checkpoint; results of another model; a folder
+            that cannot be written
     """
     export, folder = Path(export), Path(folder)
-    args, rows = read_args(export.parent), read_rows(export.parent / 'summary.csv')
-    with blame('EXPORT', export):
-        config = check_folder(export)
-        if config['num_classes']:
-            raise InputError(f"EXPORT {export}: has a classifier of {config['num_classes']} classes; give RUN/export")
-        model = load_folder(export).eval()
-    if checkpoint is not None:
-        _check_age(export, checkpoint['state_dict'])
-    progress = {} if checkpoint is None else checkpoint['progress']
+    args, rows = read_args(export.parent), read_rows(str(export.parent / 'summary.csv'))
+    config = _check_export(export, checkpoint and checkpoint['state_dict'])
+    model, architecture = load_folder(export).eval(), config['architecture']
+    progress = checkpoint['progress'] if checkpoint else {}
     dataset = dataset or data_name(args['dataset'], args['data_dir'])
-    figures = monitor_figures(rows, args, dataset, progress.get('knn_before'))
     digest = weights_digest(model)
-    figures += [read_figure(path, config['architecture'], export, digest) for path in results]
-    with blame('--output', folder):
+    evaluations = [
+        *read_knn_checks(rows, args, dataset, progress.get('knn_before')),
+        *(read_result(path, architecture, export, digest) for path in results)]
+    with checking('output', folder, OSError):
         folder.mkdir(parents=True, exist_ok=True)
         sha256 = _write_weights(export / 'model.safetensors', folder / 'model.safetensors', float16)
     config['pretrained_cfg'].update(license=license, paper_name=PAPER)
@@ -173,19 +187,18 @@ def write_folder(
         epochs=epochs_done(rows),
         processes=progress.get('order', {}).get('world_size'),
         dataset=dataset,
-        figures=figures,
+        results=evaluations,
         num_features=model.head_hidden_size,
         sha256=sha256,
         float16=float16,
-        stock=timm.models.model_entrypoint(config['architecture']).__module__.startswith('timm.'),
+        stock=timm.models.model_entrypoint(architecture).__module__.startswith('timm.'),
         torchvision=_fits_torchvision(model),
-        task=task,
+        task=include_task,
         license=license,
         code=code,
     )
-    with blame('args.yaml'):  # of another version
-        card = model_card(facts)
-    with blame('--output', folder):
+    card = model_card(facts)
+    with checking('output', folder, OSError):
         for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', str(card))):
             with atomic_write(folder / name) as file:
                 file.write(text)
@@ -193,16 +206,16 @@ def write_folder(
 
 
 def table_row(facts: Facts, commit: str) -> str:
-    """The row of `timm_cgh.models.pretrained.CHECKPOINTS` that makes published weights a registry entry."""
+    """The row of `timm_cgh.models.pretrained.CHECKPOINTS` that registers published weights with timm."""
     cfg = facts.config['pretrained_cfg']
     row = {
         'hf_hub_id': f'{facts.repo_id}@{commit}',
         'sha256': facts.sha256,
         **{name: tuple(cfg[name]) for name in ('input_size', 'mean', 'std')},
         **{name: cfg[name] for name in ('interpolation', 'crop_pct')},
-        'metrics': {f'{f.name}, {f.dataset}': round(f.top1, 2) for f in facts.figures if f.own},
+        'metrics': {f'{r.name}, {r.dataset}': round(r.top1, 2) for r in facts.results if r.own},
     }
-    return f"'cgh_{facts.config['architecture']}.{cfg['tag']}': {row},"
+    return f"'cgh_{facts.architecture}.{cfg['tag']}': {row},"
 
 
 def upload(
@@ -212,14 +225,14 @@ def upload(
         private: bool = False,
         revision: Optional[str] = None,
 ) -> str:
-    """Create the repository where there is none, and put the files there in one commit, as the client is logged in.
+    """Upload files in one commit, as the user that the Hub's client is logged in as; creates the repository if needed.
 
     Args:
-        folder: where the files are
-        names: of the files, the same there
+        folder: of the files
+        names: of the files, in the folder and in the repository
         repo_id: `owner/name`
         private: make the repository private
-        revision: branch, made where there is none; default main
+        revision: branch, created if needed; default main
 
     Returns:
         hash of the commit
@@ -231,7 +244,7 @@ def upload(
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
-            raise InputError(f'--private: {repo_id} exists and is public')
+            raise InputError(f'private: {repo_id} exists and is public')
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(
@@ -242,5 +255,5 @@ def upload(
         ).oid
     except InputError:
         raise
-    except Exception as error:  # the client and the network raise what they like
-        raise InputError(f'--repo-id {repo_id}: {hub_reason(error)}') from error
+    except Exception as error:  # the types depend on the client's version and its network library
+        raise InputError(f'repo_id={repo_id}: {hub_reason(error)}') from error

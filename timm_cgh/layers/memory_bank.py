@@ -9,19 +9,19 @@ __all__ = ['MemoryBank']
 
 
 class MemoryBank(nn.Module):
-    """FIFO queue of unit vectors, full from the start with random directions (Sec. 3.2).
+    """FIFO queue of unit vectors, initialised with random directions (Sec. 3.2).
 
-    `embeddings` is the (size, dim) float32 buffer, in no particular order; the oldest rows are overwritten first. Any
-    batch size goes with any bank size. The write position is a Python int (a device tensor would cost a
-    synchronisation a step) that travels in the state dict.
+    `embeddings` is the (size, dim) float32 buffer, in no particular order; the oldest rows are overwritten first. The
+    batch size need not divide the bank size. The write position is a Python int (a device tensor would cost a
+    synchronisation per step), stored in the state dict.
 
-    With `labels` the bank also remembers what class each row is of: the (size,) int64 buffer `labels`, -1 for rows not
-    yet filled or of unknown class. A state without labels loads as unknown ones, labels not asked for are passed over.
+    With `labels` the bank also stores the class of each row: the (size,) int64 buffer `labels`, -1 for rows not yet
+    filled or of unknown class. A state dict without labels loads as unknown ones; superfluous labels are ignored.
 
     Args:
         size: number M of embeddings kept
         dim: width D of an embedding
-        labels: remember labels (Sec. 4.6)
+        labels: store labels (Sec. 4.6)
 
     Raises:
         ValueError: size or dim below 1
@@ -42,8 +42,8 @@ class MemoryBank(nn.Module):
         """Write a batch over the oldest rows, as if row by row.
 
         Args:
-            embeddings: (B, dim) unit rows, oldest first; of more than `size` rows only the last `size` stay
-            labels: (B,) integers, -1 unknown as are all where none are given; for a bank that remembers them
+            embeddings: (B, dim) unit rows, oldest first; of more than `size` rows the last `size` are kept
+            labels: (B,) integers, -1 unknown (all of them where None); for a bank that stores them
 
         Raises:
             ValueError: rows of another width, another number of labels

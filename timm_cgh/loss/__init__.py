@@ -1,3 +1,3 @@
-from .contrast import ContrastLoss
-from .cross_context import CONTEXTS, Contexts, CrossContextLoss
+from .contrast import InfoNCELoss
+from .cross_context import CONTEXTS, CrossContextLoss
 from .relation import info_nce, relation_cross_entropy

@@ -1,18 +1,18 @@
-"""The objective of MoCo-v2, the baseline that learns no relations."""
+"""The objective of MoCo-v2."""
 from typing import Dict
 
 import torch
 import torch.nn as nn
 
 from timm_cgh.layers import MemoryBank
+from timm_cgh.models.encoder import Contexts
 
-from .cross_context import Contexts
 from .relation import info_nce
 
-__all__ = ['ContrastLoss']
+__all__ = ['InfoNCELoss']
 
 
-class ContrastLoss(nn.Module):
+class InfoNCELoss(nn.Module):
     """InfoNCE on the global context alone (MoCo-v2), with the bank of the teacher's embeddings as negatives.
 
     Args:
@@ -43,7 +43,7 @@ class ContrastLoss(nn.Module):
             student: contexts of one contrastive view (or of several crops), with gradient
             teacher: contexts of the other contrastive view
             banks: `global`
-            progress: without meaning here; there is no warm-up
+            progress: ignored, there is no warm-up
 
         Returns:
             scalar, nats: `loss`

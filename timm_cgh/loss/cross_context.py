@@ -1,25 +1,19 @@
 """The objective of CGH and of its same-context and global-context variants (Eq. 6, Tab. 5)."""
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, Optional
 
 import torch
 import torch.nn as nn
 
 from timm_cgh.layers import MemoryBank
+from timm_cgh.models.encoder import Contexts
 
 from .relation import info_nce, relation_cross_entropy
 
-__all__ = ['CONTEXTS', 'Contexts', 'CrossContextLoss']
+__all__ = ['CONTEXTS', 'CrossContextLoss']
 
-CONTEXTS = ('cross', 'same', 'global')
-
-
-class Contexts(NamedTuple):
-    """The two embeddings of a batch: (B, D) unit rows each; `hyper_embed` is None where no hypercolumn is built.
-
-    Of a student that sees several crops, `global_embed` is (crops, B, D), the full-size crop first.
-    """
-    global_embed: torch.Tensor
-    hyper_embed: Optional[torch.Tensor] = None
+# the student's and the teacher's context, g(lobal) or h(yper), of each relation term
+_PAIRS = {'cross': [('g', 'h'), ('h', 'g')], 'same': [('g', 'g'), ('h', 'h')], 'global': [('g', 'g')]}
+CONTEXTS = tuple(_PAIRS)
 
 
 class CrossContextLoss(nn.Module):
@@ -40,8 +34,8 @@ class CrossContextLoss(nn.Module):
         temp_student: tau_s, student's global context
         temp_teacher: tau_t, teacher's global context
         temp_hyper: tau_h, hypercolumn context of both (Eq. 1, 4)
-        temp_hyper_teacher: the teacher's tau_h where it differs from the student's (the paper has one tau_h; with
-            `same` one tau_h sharpens nothing, so an own one may be wanted there)
+        temp_hyper_teacher: the teacher's tau_h, default the student's (the paper has one tau_h for both; with `same`,
+            equal temperatures do not sharpen the target)
         relation_weight: factor of each relation term; default 0.5 as in the authors' code, 1 for `global` as in ReSSL's
         contrast_temp: temperature of InfoNCE
 
@@ -96,13 +90,13 @@ class CrossContextLoss(nn.Module):
             student: contexts of the contrastive view, with gradient
             teacher: contexts of the weak view
             banks: `global` and, unless the context is `global`, `hyper`: memory banks of one size
-            progress: w, share of the InfoNCE warm-up that is over
+            progress: w, the part of the InfoNCE warm-up that is done
 
         Returns:
             scalars, nats: `loss` (to differentiate) and, detached and unweighted, `loss_gh` and `loss_hg` (cross),
             `loss_gg` and `loss_hh` (same) or `loss_gg` (global), named student context then teacher context;
-            `loss_nce` during the warm-up; `entropy_global` and `entropy_hyper`, the mean entropy of the targets that
-            the teacher's contexts give
+            `loss_nce` during the warm-up; `entropy_global` and `entropy_hyper`, the mean entropy of the targets from
+            the teacher's contexts
         """
         # context -> (embeddings, bank rows, temperature) on either side
         as_student = {'g': (student.global_embed, banks['global'].embeddings, self.temp_student)}
@@ -110,10 +104,9 @@ class CrossContextLoss(nn.Module):
         if self.uses_hypercolumn:
             as_student['h'] = (student.hyper_embed, banks['hyper'].embeddings, self.temp_hyper)
             as_teacher['h'] = (teacher.hyper_embed, banks['hyper'].embeddings, self.temp_hyper_teacher)
-        pairs = {'cross': ('gh', 'hg'), 'same': ('gg', 'hh'), 'global': ('gg',)}[self.context]
 
         terms, result = [], {}
-        for s, t in pairs:
+        for s, t in _PAIRS[self.context]:
             z, z_bank, z_temp = as_student[s]
             y, y_bank, y_temp = as_teacher[t]
             term, entropy = relation_cross_entropy(z, z_bank, y, y_bank, z_temp, y_temp, return_entropy=True)

@@ -86,7 +86,7 @@ class _RelationCrossEntropy(torch.autograd.Function):
             batch = len(t)
             z = z.reshape(-1, batch, z.shape[-1])  # (n, B, D)
             needs_grad = ctx.needs_input_grad[0]
-            grad = torch.empty_like(z) if needs_grad else None
+            grad = torch.empty_like(z if needs_grad else z[:0])
             losses = z.new_empty(z.shape[:2])
             entropies = z.new_empty(batch)
             for rows in _row_chunks(batch, len(z_bank), 1 + len(z), z.device):
@@ -111,7 +111,8 @@ class _RelationCrossEntropy(torch.autograd.Function):
                 losses[:, rows] = z_total.view(-1, count) - (torch.stack(crosses, dim=1) * weights).sum(dim=1)
                 if needs_grad:
                     gradient = torch.zeros_like(zs)
-                    for z_tile, p, s, p_factor, s_factor in zip(z_tiles, target.exps, prediction.exps, p_scale, s_scale):
+                    tiles = zip(z_tiles, target.exps, prediction.exps, p_scale, s_scale)
+                    for z_tile, p, s, p_factor, s_factor in tiles:
                         s.mul_(s_factor).view(-1, *p.shape).addcmul_(p, p_factor, value=-1)  # s - p
                         gradient.addmm_(s, z_tile)  # (n b, tile) @ (tile, D) -> (n b, D)
                     grad[:, rows] = gradient.view(-1, count, z.shape[2])
@@ -179,7 +180,7 @@ class _InfoNCE(torch.autograd.Function):
             q, k, negatives = query.to(dtype), key.to(dtype), bank.to(dtype)
             batch = len(q)
             needs_grad = ctx.needs_input_grad[0]
-            grad = torch.empty_like(q) if needs_grad else None
+            grad = torch.empty_like(q if needs_grad else q[:0])
             losses = q.new_empty(batch)
             for rows in _row_chunks(batch, len(negatives), 1, q.device):
                 scaled = q[rows] / temp

@@ -1,2 +1,3 @@
 from . import pretrained, small_resnets  # registers their models with timm
-from .encoder import ContextEncoder, create_backbone, default_out_indices, is_features_only
+from .backbone import create_backbone, is_features_only, plain_backbone
+from .encoder import ContextEncoder, Contexts, default_out_indices

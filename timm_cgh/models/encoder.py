@@ -1,61 +1,35 @@
 """timm backbone + hypercolumn + heads -> the two contexts of CGH (Sec. 3.2, 3.4)."""
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import FeatureInfo
 
-from timm_cgh.download import HUB_PREFIX, fetch_folder
 from timm_cgh.layers import Hypercolumn, Predictor, Projector
-from timm_cgh.loss import Contexts
 
-__all__ = ['ContextEncoder', 'create_backbone', 'default_out_indices', 'is_features_only']
+from .backbone import create_backbone, is_features_only
+
+__all__ = ['ContextEncoder', 'Contexts', 'default_out_indices']
 
 
-def create_backbone(name: str, img_size: Optional[int] = None, **kwargs: Any) -> nn.Module:
-    """`timm.create_model(name, num_classes=0)`, with `img_size` passed on to the models that take one.
+class Contexts(NamedTuple):
+    """The two embeddings of a batch: (B, D) unit rows each; `hyper_embed` is None without a hypercolumn.
 
-    Weights of the Hub are fetched by `timm_cgh.download`: safetensors alone, and compared with their hash.
-
-    Models with positional embeddings or windows are built for one input size; the others refuse the argument and take
-    any size.
-
-    Args:
-        name: timm model name, also `hf-hub:` and `local-dir:`
-        img_size: side of the training images, px
-        **kwargs: further arguments of `timm.create_model`
-
-    Raises:
-        RuntimeError: timm knows no such model; weights that are not to be had from the Hub, or not as published
+    With multi-crop, the student's `global_embed` is (crops, B, D), the full-size crop first.
     """
-    if not kwargs.get('features_only'):
-        kwargs.setdefault('num_classes', 0)
-    if kwargs.get('pretrained') and name.startswith(HUB_PREFIX):
-        name = f"local-dir:{fetch_folder(name, cache_dir=kwargs.get('cache_dir'))}"
-    if img_size is not None:
-        try:
-            return timm.create_model(name, img_size=img_size, **kwargs)
-        except TypeError as error:
-            if 'img_size' not in str(error):
-                raise
-    return timm.create_model(name, **kwargs)
-
-
-def is_features_only(backbone: nn.Module) -> bool:
-    """Whether a timm module gives a list of maps (built with `features_only=True`) rather than a pooled feature."""
-    return hasattr(getattr(backbone, 'feature_info', None), 'channels')  # plain models hold a list of dicts there
+    global_embed: torch.Tensor
+    hyper_embed: Optional[torch.Tensor] = None
 
 
 def default_out_indices(reductions: Sequence[int]) -> Tuple[int, ...]:
-    """Stages of the hypercolumn where none are asked for.
+    """Default stages of the hypercolumn: the last two (Sec. 4.1.1).
 
-    The last two (Sec. 4.1.1). Where all maps have one resolution, as in plain ViTs, neighbouring blocks are nearly the
-    same context: then four evenly spaced blocks up to the last one.
+    Where all maps have one resolution, as in plain ViTs, neighbouring blocks are nearly the same context; the default
+    is then four evenly spaced blocks up to the last one.
 
     Args:
-        reductions: input pixels per map pixel of every map that the backbone offers
+        reductions: stride of each of the backbone's feature maps, in px of the image
     """
     depth = len(reductions)
     if depth > 2 and len(set(reductions)) == 1:
@@ -68,23 +42,22 @@ class ContextEncoder(nn.Module):
     """Image -> global and hypercolumn embedding, in one pass of a timm backbone (Sec. 3.2, 3.4).
 
     The global context is the pooled feature that the plain timm model (`num_classes=0`) returns, so every part of the
-    backbone is trained, the layers behind the last stage included, and `encoder.backbone.state_dict()` is the plain
-    model's. A backbone built with `features_only=True` is taken as well: its global context is the average of its last
-    map, its stages are those that it was built with.
+    backbone is trained, including the layers behind the last stage, and `encoder.backbone.state_dict()` is the plain
+    model's. For a backbone built with `features_only=True` the global context is the average of its last map, and the
+    stages are those that it was built with.
 
     Args:
         backbone: timm model name, or a timm module
-        out_indices: stages of the hypercolumn, negative ones counted from the last; default the last two, for models of
-            one resolution four evenly spaced blocks (see `default_out_indices`)
+        out_indices: stages of the hypercolumn, negative ones counted from the last; default `default_out_indices`
         hidden_dim: hidden width of projectors and predictors
         embed_dim: width D of the embeddings
         predictor: put a predictor behind each projector (the `-pred` variant; students only)
         hyper_norm_layer: normalisation of the hypercolumn
-        hypercolumn: build the hypercolumn and its heads; without them only the global context is given
+        hypercolumn: build the hypercolumn and its heads; otherwise the encoder has the global context only
         **backbone_kwargs: arguments of `timm.create_model` where `backbone` is a name
 
     Raises:
-        ValueError: the backbone gives no spatial feature maps, or a stage that is not there is asked for
+        ValueError: the backbone has no spatial feature maps, or not the stages of `out_indices`
     """
 
     def __init__(
@@ -102,18 +75,18 @@ class ContextEncoder(nn.Module):
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, **backbone_kwargs)
         elif backbone_kwargs:
-            raise TypeError(f'{", ".join(backbone_kwargs)}: only where the backbone is given by name')
+            raise TypeError(f'{", ".join(backbone_kwargs)}: only for a backbone given by name')
         if min(hidden_dim, embed_dim) < 1:
             raise ValueError(f'hidden_dim and embed_dim must be at least 1, got {hidden_dim} and {embed_dim}')
         self.backbone = backbone
         self.features_only = is_features_only(backbone)
         if getattr(backbone, 'feature_info', None) is None \
                 or not (self.features_only or hasattr(backbone, 'forward_intermediates')):
-            raise ValueError(f'{type(backbone).__name__} gives no spatial feature maps (no forward_intermediates)')
+            raise ValueError(f'{type(backbone).__name__} has no spatial feature maps (no forward_intermediates)')
 
         if self.features_only:
             if out_indices is not None:
-                raise ValueError('out_indices of a features_only backbone are those that it was built with')
+                raise ValueError('a features_only backbone has the out_indices that it was built with')
             map_chs = backbone.feature_info.channels()
             global_dim = map_chs[-1]
         else:
@@ -126,7 +99,7 @@ class ContextEncoder(nn.Module):
                 raise ValueError(
                     f'out_indices {tuple(self.out_indices)}: {type(backbone).__name__} has {depth} feature maps, '
                     f'{-depth} to {depth - 1}')
-            self.out_indices = sorted(i % depth for i in self.out_indices)  # timm gives maps in network order
+            self.out_indices = sorted(i % depth for i in self.out_indices)  # timm returns maps in network order
             map_chs = [info[i]['num_chs'] for i in self.out_indices]
             global_dim = backbone.head_hidden_size
 
@@ -140,7 +113,7 @@ class ContextEncoder(nn.Module):
         self.embed_dim = embed_dim
 
     def forward_contexts(self, x: torch.Tensor, maps: bool = True) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """(B, C, H, W) normalised images -> (B, d) global context h^g and, if asked for, the (B, C_l, H_l, W_l) maps."""
+        """(B, C, H, W) normalised images -> (B, d) global context h^g and, if `maps`, the (B, C_l, H_l, W_l) maps."""
         if self.features_only:
             found = self.backbone(x)
             found = list(found.values()) if isinstance(found, dict) else list(found)
@@ -156,14 +129,14 @@ class ContextEncoder(nn.Module):
         """
         Args:
             x: (B, C, H, W) normalised images
-            crops: further views of the same images, each of any size, which give their global context only (multi-crop);
-                views of one size pass the network in one batch
+            crops: further views of the same images (multi-crop), each of any size, for the global context only; views
+                of one size pass the network in one batch
 
         Returns:
             `Contexts` of (B, embed_dim) float32 unit rows; with crops, `global_embed` is (1 + crops, B, embed_dim)
         """
         views, batch = (x, *crops), len(x)
-        by_size: Dict[Tuple[int, int], List[int]] = {}
+        by_size: Dict[Tuple[int, ...], List[int]] = {}
         for number, view in enumerate(views):
             by_size.setdefault(tuple(view.shape[-2:]), []).append(number)
         contexts: Dict[int, torch.Tensor] = {}
@@ -173,7 +146,7 @@ class ContextEncoder(nn.Module):
             images = torch.cat([views[i] for i in numbers]) if len(numbers) > 1 else views[numbers[0]]
             context, maps = self.forward_contexts(images, maps=first and self.hypercolumn is not None)
             contexts.update(zip(numbers, context.split(batch)))
-            if maps:
+            if maps and self.hypercolumn is not None:
                 hyper = self.hyper_predictor(self.hyper_projector(self.hypercolumn([m[:batch] for m in maps])))
                 hyper = F.normalize(hyper.float(), dim=1)
         context = torch.cat([contexts[i] for i in range(len(views))]) if crops else contexts[0]
@@ -184,6 +157,6 @@ class ContextEncoder(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self):
-        """Parameter names that the backbone wants free of weight decay (timm's optimiser factory asks for them)."""
+        """Names of the parameters that the backbone exempts from weight decay, for timm's optimiser factory."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
         return {f'backbone.{name}' for name in names}

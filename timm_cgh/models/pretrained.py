@@ -1,4 +1,4 @@
-"""Registry entry points `cgh_resnet18`, `cgh_resnet50`: plain timm ResNets, and where their CGH weights live."""
+"""Registry entry points `cgh_resnet18` and `cgh_resnet50`: plain timm ResNets, and where their CGH weights are."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
@@ -8,22 +8,22 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 
 from timm_cgh.download import fetch_folder, verify
+from timm_cgh.errors import InputError, checking
 
-from .weights import load_folder
+from .checkpoints import load_folder
 
 __all__ = ['CHECKPOINTS', 'published']
 
-# One row per checkpoint published on the Hub; `publish.py` prints it. The key is what one types in timm, `cgh_resnet50`
-# or `cgh_resnet50.<tag>`; without a tag the row of that very name is taken, else the architecture's first one. Besides:
-#   hf_hub_id  'owner/name@<commit>': pinned, so that what is pushed there later changes nothing here
+# One row per checkpoint published on the Hub; `publish.py` prints it. The key is the model name in timm, `cgh_resnet50`
+# or `cgh_resnet50.<tag>`; a name without a tag means the row of that name, else the architecture's first. Entries:
+#   hf_hub_id  'owner/name@<commit>': pinned, so that later pushes change nothing here
 #   sha256     of its model.safetensors
-#   metrics    figure (its protocol is in the card) -> top-1 in percent
+#   metrics    evaluation (its protocol is in the model card) -> top-1 in percent
 #   what differs from _cfg(): input_size, mean, std, interpolation, crop_pct
-# A folder weights/<key>/ of the repository goes before the row, and needs none:
-#   publish.py RUN/export --repo-id OWNER/<key> --float16 --dry-run --output weights/<key>
+# A folder weights/<key>/ of the repository, written by a dry run of `publish.py`, takes precedence and needs no row.
 CHECKPOINTS: Dict[str, Dict[str, Any]] = {}
 
-REPOSITORY = Path(__file__).resolve().parents[2]  # where the package is not installed without its repository
+REPOSITORY = Path(__file__).resolve().parents[2]  # unless the package is installed without it
 
 
 def _cfg(architecture: str, **kwargs: Any) -> Dict[str, Any]:
@@ -49,17 +49,17 @@ def _in_repository() -> bool:
 
 
 def _folders() -> Dict[str, Path]:
-    """Checkpoints that lie in the repository: key -> folder."""
+    """Checkpoints in the repository: key -> folder."""
     if not _in_repository():
         return {}
     return {path.parent.name: path.parent for path in sorted(REPOSITORY.glob('weights/cgh_*/config.json'))}
 
 
 def published(name: str = '') -> List[str]:
-    """What `pretrained=True` can load, the default of an architecture before its others.
+    """Checkpoints that `pretrained=True` can load, an architecture's default first.
 
     Args:
-        name: of an entry point; default all
+        name: of an entry point; default all of them
     """
     keys = [key for key in dict.fromkeys([*CHECKPOINTS, *_folders()]) if name in ('', key.split('.')[0])]
     return sorted(keys, key=lambda key: '.' in key)
@@ -74,6 +74,15 @@ default_cfgs = generate_default_cfgs({
 })
 
 
+def _no_checkpoint(name: str) -> InputError:
+    available = ', '.join(published()) or 'none'
+    hint = '' if _in_repository() else (
+        " An installed package comes without the repository's weights: torch.hub.load or pip install -e has them.")
+    return InputError(
+        f'{name}: no CGH checkpoint is published yet (available: {available}).{hint} Train one with train.py and load '
+        f"it by timm.create_model('local-dir:RUN/export', pretrained=True); pretrained=False builds random weights")
+
+
 def _create(
         name: str,
         pretrained: bool,
@@ -81,17 +90,17 @@ def _create(
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Build the stock architecture under its own name, with published weights if asked for.
+    """Build the stock architecture, with published weights if asked for.
 
     Args:
         name: of the entry point
         pretrained: load weights
-        pretrained_cfg: tag of a checkpoint, or the caller's own configuration as timm takes it
-        pretrained_cfg_overlay: entries that replace the configuration's, as timm takes them
-        **kwargs: what timm's entry point takes; also `cache_dir` of the Hub's client
+        pretrained_cfg: tag of a checkpoint, or a configuration of the caller's, as in timm
+        pretrained_cfg_overlay: entries that replace the configuration's, as in timm
+        **kwargs: arguments of timm's entry point; also `cache_dir` of the Hub's client
 
     Raises:
-        RuntimeError: no such checkpoint, or one that is not to be had or not whole
+        InputError: no such checkpoint, or its download or verification failed
     """
     architecture = name.removeprefix('cgh_')
     overlay = dict(pretrained_cfg_overlay or {})
@@ -103,7 +112,8 @@ def _create(
     else:
         keys = published(name)
         if pretrained_cfg and f'{name}.{pretrained_cfg}' not in keys:
-            raise RuntimeError(f"{name} has no checkpoint tagged '{pretrained_cfg}', there are: {keys or 'none yet'}")
+            available = ', '.join(keys) or 'none'
+            raise InputError(f"{name}: no checkpoint tagged '{pretrained_cfg}' (available: {available})")
         key = f'{name}.{pretrained_cfg}' if pretrained_cfg else keys[0] if keys else ''
         row = CHECKPOINTS.get(key, {})
         cfg = _cfg(architecture, **row, tag=key.partition('.')[2] or None)
@@ -113,39 +123,32 @@ def _create(
         entry_point = timm.models.model_entrypoint(architecture)
         return entry_point(pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, **kwargs)
     if not key:
-        there = ', '.join(published()) or 'none of any architecture'
-        elsewhere = '' if _in_repository() else (
-            ' Those of the repository do not come with an installed package: torch.hub.load or pip install -e has them.')
-        raise RuntimeError(
-            f'No CGH checkpoint is published for {name} yet (there is: {there}).{elsewhere} Train one, python train.py --model '
-            f"{architecture} --data-dir images/, and load it by timm.create_model('local-dir:<run>/export', "
-            f'pretrained=True); pretrained=False gives random weights')
+        raise _no_checkpoint(name)
     folder = _folders().get(key)
     if folder is None:
-        folder = fetch_folder(row['hf_hub_id'], row['sha256'], kwargs.get('cache_dir'))
+        with checking(key, None, RuntimeError):
+            folder = Path(fetch_folder(row['hf_hub_id'], row['sha256'], kwargs.get('cache_dir')))
     elif 'sha256' in row:
-        try:
+        with checking(str(folder / 'model.safetensors'), None, RuntimeError):
             verify(folder / 'model.safetensors', row['sha256'])
-        except RuntimeError as error:
-            raise RuntimeError(f"{folder / 'model.safetensors'} {error}") from error
     return load_folder(folder, architecture, pretrained_cfg_overlay=overlay, **kwargs)
 
 
 @register_model
 def cgh_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm's ResNet-18, pre-trained with CGH where `pretrained`; no classifier unless `num_classes` asks for one.
+    """timm's ResNet-18, if `pretrained` with weights trained by CGH; no classifier unless `num_classes` is given.
 
     Raises:
-        RuntimeError: `pretrained`, and no checkpoint is published, or it cannot be had
+        InputError: `pretrained`, and no checkpoint is published, or it cannot be downloaded
     """
     return _create('cgh_resnet18', pretrained, **kwargs)
 
 
 @register_model
 def cgh_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm's ResNet-50, pre-trained with CGH where `pretrained`; no classifier unless `num_classes` asks for one.
+    """timm's ResNet-50, if `pretrained` with weights trained by CGH; no classifier unless `num_classes` is given.
 
     Raises:
-        RuntimeError: `pretrained`, and no checkpoint is published, or it cannot be had
+        InputError: `pretrained`, and no checkpoint is published, or it cannot be downloaded
     """
     return _create('cgh_resnet50', pretrained, **kwargs)

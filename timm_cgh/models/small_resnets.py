@@ -1,8 +1,8 @@
 """ResNets for 32 px (`*_s1`) and 64 px (`*_s2`) images, registered with timm as ordinary architectures.
 
-timm's ResNets divide the image by 4 before their first stage and by 32 in all, which leaves one position of a 32 px
-image. The usual small-image form starts with a 3x3 convolution of stride 1; `s1` drops the max-pool as well (8 in all),
-`s2` keeps it (16 in all). What follows is timm's ResNet, parameter for parameter.
+timm's ResNets reduce the image by 4 before their first stage and by 32 in all, to a single position for a 32 px image.
+The usual form for small images starts with a 3x3 convolution of stride 1; `s1` also drops the max-pool (total stride
+8), `s2` keeps it (total stride 16). Everything else is timm's ResNet, parameter for parameter.
 """
 from typing import Any, Dict, Optional
 
@@ -22,12 +22,11 @@ class SmallResNet(ResNet):
         layers: blocks of each of the four stages
         stem_pool: keep timm's stride-2 max-pool after the stem
         in_chans: channels of the images
-        output_stride: upper bound on the ratio of image size to last map, met by dilation; 8, 4 or 2 are reached
-            without stem pool, 16, 8 or 4 with it
-        **kwargs: whatever timm's ResNet takes
+        output_stride: upper bound on the total stride, kept by dilation: 8, 4 or 2; with stem pool 16, 8 or 4
+        **kwargs: arguments of timm's ResNet
 
     Raises:
-        ValueError: an output stride that the four stages cannot reach
+        ValueError: an output stride that the four stages cannot have
     """
 
     def __init__(
@@ -39,11 +38,11 @@ class SmallResNet(ResNet):
             output_stride: Optional[int] = None,
             **kwargs: Any,
     ):
-        shrink = 2 if stem_pool else 4  # how many times coarser than this network timm's ResNet is
+        shrink = 2 if stem_pool else 4  # stride of timm's ResNet over that of this network
         output_stride = 32 // shrink if output_stride is None else output_stride
         if output_stride not in (2, 4, 8, 16, 32) or output_stride < 8 // shrink:
             natural = 32 // shrink
-            raise ValueError(f'output_stride {output_stride}: a stride of {natural}, {natural // 2} or {natural // 4}')
+            raise ValueError(f'output_stride={output_stride}: must be {natural}, {natural // 2} or {natural // 4}')
         super().__init__(block, layers, in_chans=in_chans, output_stride=min(32, output_stride * shrink), **kwargs)
 
         width = self.feature_info[0]['num_chs']
@@ -65,7 +64,7 @@ def _cfg(img_size: int, **kwargs: Any) -> Dict[str, Any]:
         'num_classes': 1000,
         'input_size': (3, img_size, img_size),
         'pool_size': (img_size // reduction, img_size // reduction),
-        'crop_pct': 1.0,  # images of native size pass untouched
+        'crop_pct': 1.0,  # images of native size are not resized
         'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,

@@ -6,56 +6,55 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from timm_cgh.distributed import world_size
 from timm_cgh.layers import MemoryBank, split_batch_norm
-from timm_cgh.loss import ContrastLoss, Contexts, CrossContextLoss
-from timm_cgh.models.encoder import ContextEncoder
+from timm_cgh.loss import CrossContextLoss, InfoNCELoss
+from timm_cgh.models.encoder import ContextEncoder, Contexts
 
 from .momentum import MomentumTask
 
 __all__ = ['CGHTask']
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _gather(rows: torch.Tensor) -> torch.Tensor:
-    """(B, ...) of this process -> (B * world, ...) of all, by rank."""
-    if _world_size() == 1:
+    """(B, ...) of this rank -> (B * world, ...) of all ranks, in their order. Collective: every rank must call."""
+    if world_size() == 1:
         return rows
-    out = rows.new_empty((len(rows) * _world_size(), *rows.shape[1:]))
+    out = rows.new_empty((len(rows) * world_size(), *rows.shape[1:]))
     dist.all_gather_into_tensor(out, rows.contiguous())
     return out
 
 
 class CGHTask(MomentumTask):
-    """Student, momentum teacher, memory banks, and what happens between a batch of views and a loss (Sec. 3).
+    """Student, momentum teacher, memory banks, and the step from a batch of views to a loss (Sec. 3).
 
     A training loop calls, per step, `task(views)['loss'].backward()`, the optimiser, then `task.update_ema(step)`. With
-    `ContrastLoss` for the loss it is MoCo-v2.
+    `InfoNCELoss` as the loss it is MoCo-v2.
 
     Args:
         student: encoder to train
         loss: the objective
         bank_size: embeddings in each memory bank
         momentum: m of Eq. 7
-        contrast_warmup: optimiser updates over which InfoNCE gives way to the relation loss, 0 for none
-        shuffle_bn: in several processes, shuffle the teacher's batch across them (as MoCo does), so that its batch
-            statistics tell nothing about which images went together
-        bn_splits: take batch statistics over so many parts of a process's batch, the teacher's in another order: the same
-            without several processes (the authors' code has 8)
-        bank_labels: the banks remember the labels that `forward` is given, for its `observe`; the loss never sees them
+        contrast_warmup: optimiser updates over which the relation loss replaces InfoNCE, 0 for none
+        shuffle_bn: in several processes, shuffle the teacher's batch across them (MoCo's ShuffleBN), so that batch
+            statistics do not reveal which images share a batch
+        bn_splits: take batch statistics over this many parts of the batch, the teacher's in shuffled order: the same
+            effect in a single process (the authors' code uses 8)
+        bank_labels: store the labels given to `forward` in the banks, for its `observe`; the loss never uses them
         device, dtype, verbose: see `timm.task.TrainingTask`
 
     Raises:
-        ValueError: momentum outside [0, 1], a negative warm-up, a bank size or number of parts below 1, an encoder that
-            does not fit the loss
+        ValueError: momentum outside [0, 1], a negative warm-up, a bank size or number of splits below 1, or a loss that
+            uses a hypercolumn which the encoder lacks (or the reverse)
     """
+
+    teacher: ContextEncoder
 
     def __init__(
             self,
             student: ContextEncoder,
-            loss: Union[CrossContextLoss, ContrastLoss],
+            loss: Union[CrossContextLoss, InfoNCELoss],
             bank_size: int = 131072,
             momentum: float = 0.999,
             contrast_warmup: int = 0,
@@ -95,15 +94,15 @@ class CGHTask(MomentumTask):
 
     @torch.no_grad()
     def _teach(self, weak: torch.Tensor) -> Tuple[Contexts, Contexts]:
-        """Weak views of this process -> the teacher's contexts of this process, and of all."""
-        world, batch = _world_size(), len(weak)
+        """Weak views of this rank -> the teacher's contexts of this rank, and of all ranks."""
+        world, batch = world_size(), len(weak)
         if self.bn_splits == 1 and not (self.shuffle_bn and world > 1):
             contexts = self.teacher(weak)
             return contexts, Contexts(*(e if e is None else _gather(e) for e in contexts))
-        # all processes draw one permutation: the step is their common seed
+        # all ranks draw the same permutation: the step is their common seed
         order = torch.randperm(batch * world, generator=torch.Generator().manual_seed(self.num_updates))
         if weak.is_cuda:
-            order = order.pin_memory()  # a copy that nothing waits for
+            order = order.pin_memory()  # for an asynchronous copy
         order = order.to(weak.device, non_blocking=True)
         rank = dist.get_rank() if world > 1 else 0
         mine = slice(rank * batch, (rank + 1) * batch)
@@ -123,16 +122,16 @@ class CGHTask(MomentumTask):
         Args:
             views: the teacher's weak view, the student's contrastive view, and the student's further crops (multi-crop)
                 of any sizes; (B, C, H, W) normalised images each
-            target: (B,) labels, -1 unknown: for the banks where they remember labels, else not used
-            observe: given the teacher's contexts of this process, target and banks before the embeddings enter them;
-                the scalars that it returns join the result
+            target: (B,) labels, -1 unknown; only used where the banks store labels
+            observe: called with the teacher's contexts of this rank, the target and the banks before they are updated;
+                the scalars that it returns are added to the result
 
         Returns:
-            the scalars of the loss and `std_global`, `std_hyper`: standard deviation of the student's unit embeddings of
-            the full-size view in the batch, sqrt(1 - |mean|^2), 1 for embeddings in all directions, 0 for one point
+            the scalars of the loss and `std_global`, `std_hyper`: standard deviation over the batch of the student's
+            unit embeddings of the full-size view, sqrt(1 - |mean|^2): 1 for all directions alike, 0 for one point
 
         Raises:
-            ValueError: fewer than two views; banks that remember labels, but no target
+            ValueError: fewer than two views, or no target for banks that store labels
         """
         if len(views) < 2:
             raise ValueError(f'expected a weak and at least one contrastive view, got {len(views)} views')
@@ -140,7 +139,7 @@ class CGHTask(MomentumTask):
         labels = None
         if self.bank_labels:
             if target is None:
-                raise ValueError('the banks remember labels, but there is no target')
+                raise ValueError('the banks store labels, but there is no target')
             target = target.to(weak.device, non_blocking=True)
             labels = _gather(target)  # by rank, as _teach gives everyone's embeddings whether shuffled or not
         teacher, everyone = self._teach(weak)
@@ -157,7 +156,7 @@ class CGHTask(MomentumTask):
         return result
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """All state but the student's backbone: the student's heads, teacher, banks, number of updates."""
+        """All state except the student's backbone: the student's heads, teacher, banks, number of updates."""
         return {**super().get_task_state(module, ema), 'banks': self.banks.state_dict()}
 
     def load_task_state(
@@ -168,4 +167,5 @@ class CGHTask(MomentumTask):
             ema: bool = False,
     ) -> None:
         super().load_task_state(state, strict, module, ema)
+        assert state is not None  # or the line above has raised
         self.banks.load_state_dict(state['banks'], strict=strict)

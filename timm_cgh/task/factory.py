@@ -1,17 +1,17 @@
-"""A training task from names and numbers."""
+"""Create a training task from names and numbers."""
 from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
 
-from timm_cgh.loss import ContrastLoss, CrossContextLoss
+from timm_cgh.loss import CrossContextLoss, InfoNCELoss
 from timm_cgh.models.encoder import ContextEncoder
 
 from .cgh import CGHTask
 
-__all__ = ['PEERS', 'create_task']
+__all__ = ['BASELINES', 'create_task']
 
-PEERS = ('simclr', 'byol', 'simsiam', 'swav', 'nnclr', 'dino')  # of `timm_cgh.task.peers`, an optional extra
+BASELINES = ('simclr', 'byol', 'simsiam', 'swav', 'nnclr', 'dino')  # in `timm_cgh.task.baselines`, an optional extra
 
 
 def create_task(
@@ -38,19 +38,18 @@ def create_task(
         device: Optional[torch.device] = None,
         **backbone_kwargs: Any,
 ) -> CGHTask:
-    """A `CGHTask` from a backbone's name (or module) and options; the hypercolumn is built where the context needs it.
+    """Create a `CGHTask` from a backbone's name (or module); the hypercolumn is built where the context needs it.
 
-    Options are those of `ContextEncoder`, `CrossContextLoss` and `CGHTask`; `backbone_kwargs` go to timm's
-    `create_model`. With the method `moco` in place of `cgh` the loss is `ContrastLoss` (MoCo-v2), and of the loss's
-    options only `contrast_temp` counts. `contrast_warmup` counts optimiser updates; cross-context training wants some,
-    five epochs of them in the authors' code: `train.py` sees to that, here it is 0 unless said.
+    Options are those of `ContextEncoder`, `CrossContextLoss` and `CGHTask`; `backbone_kwargs` go to timm.
+    With the method `moco` the loss is `InfoNCELoss` (MoCo-v2), which uses `contrast_temp` alone. `contrast_warmup` is
+    in optimiser updates: cross-context training needs it (five epochs in the authors' code, the default of `train.py`).
 
     Raises:
-        ValueError: neither of the two methods; see those three
+        ValueError: another method; and see those three
     """
     if method not in ('cgh', 'moco'):
         raise ValueError(f'method must be cgh or moco, got {method!r}')
-    loss = ContrastLoss(contrast_temp) if method == 'moco' else CrossContextLoss(
+    loss = InfoNCELoss(contrast_temp) if method == 'moco' else CrossContextLoss(
         context=context,
         temp_student=temp_student,
         temp_teacher=temp_teacher,

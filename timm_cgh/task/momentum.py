@@ -1,5 +1,5 @@
-"""A student, its momentum teacher, and how a timm training script handles them."""
-from typing import Any, Dict, Optional, Tuple
+"""Student and momentum teacher behind the interface of a timm training task."""
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -11,17 +11,17 @@ __all__ = ['MomentumTask']
 
 
 class MomentumTask(TrainingTask):
-    """What self-supervised tasks with an encoder and, mostly, a momentum teacher have in common; no loss.
+    """Base of self-supervised tasks: a student and, optionally, a momentum teacher; subclasses add the loss.
 
     `student.backbone` is a plain timm model at all times; DDP holds a reference to the student (`trainable_module`). In
-    a checkpoint, `state_dict` is that plain backbone's, and `task_state` is all the rest.
+    a checkpoint, `state_dict` is that plain backbone's, and `task_state` is everything else.
 
     The teacher's normalisation layers run on batch statistics and keep their own running ones (buffers are not
     averaged); its dropout and stochastic depth are off.
 
     Args:
         student: module to train, with a timm model as `backbone`
-        teacher: follows the parameters of the student that it has names in common with; None for none
+        teacher: follows the student's parameters of the same names
         momentum: m of Eq. 7
         device, dtype, verbose: see `timm.task.TrainingTask`
 
@@ -46,8 +46,8 @@ class MomentumTask(TrainingTask):
         self.momentum = momentum
         self.num_updates = 0
         self._ddp: Tuple[nn.Module, ...] = ()  # in a tuple, so that the student is not registered twice
-        self._ema_pairs = None
-        # LeViT and others keep what they derive from parameters in eval mode until a mode is set: stale after an update
+        self._ema_pairs: Optional[Tuple[List[torch.Tensor], List[torch.Tensor]]] = None
+        # LeViT and others cache what they derive from parameters in eval mode until a mode is set: stale after updates
         self._teacher_caches = teacher is not None and any(
             type(m).train is not nn.Module.train for m in teacher.modules())
 
@@ -57,7 +57,7 @@ class MomentumTask(TrainingTask):
         return self._ddp[0] if self._ddp else self.student
 
     def train(self, mode: bool = True) -> 'MomentumTask':
-        """Training mode; of the teacher only what keeps batch statistics follows (no dropout in targets)."""
+        """Set the mode; of the teacher only the normalisation layers follow (no dropout in targets)."""
         super().train(mode)
         self._set_teacher_mode(mode)
         return self
@@ -78,7 +78,7 @@ class MomentumTask(TrainingTask):
         return self.train(self.training)
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'MomentumTask':
-        """Wrap the student in DDP; all else (teacher, banks) becomes rank 0's everywhere."""
+        """Wrap the student in DDP and broadcast rank 0's teacher and banks. Collective: every rank must call."""
         with torch.no_grad():
             for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
                 if not name.startswith('student.'):
@@ -94,7 +94,7 @@ class MomentumTask(TrainingTask):
         return self.student.backbone
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The student's backbone, a plain timm model. The teacher is no EMA model in timm's sense: `ema` gives None."""
+        """The student's backbone, a plain timm model; None with `ema`: the teacher is no EMA model in timm's sense."""
         if module is not None:
             return module
         return None if ema else self.student.backbone
@@ -104,21 +104,20 @@ class MomentumTask(TrainingTask):
         """Eq. 7, on parameters: teacher <- m teacher + (1 - m) student.
 
         Args:
-            step: optimiser updates so far, this one included; default one more than before
+            step: optimiser updates so far, including this one; by default one more than before
         """
         if self.teacher is not None:
             if self._ema_pairs is None:
+                teachers = dict(self.teacher.named_parameters())
                 students = dict(self.student.named_parameters())
-                pairs = [(p, students[name]) for name, p in self.teacher.named_parameters()]
-                self._ema_pairs = tuple(map(list, zip(*pairs)))
-            teachers, students = self._ema_pairs
-            torch._foreach_lerp_(teachers, students, 1 - self.momentum)
+                self._ema_pairs = list(teachers.values()), [students[name] for name in teachers]
+            torch._foreach_lerp_(*self._ema_pairs, 1 - self.momentum)
             if self._teacher_caches:
                 self._set_teacher_mode(self.training)
         self.num_updates = self.num_updates + 1 if step is None else step
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """All state but the student's backbone: the student's heads, teacher, number of updates."""
+        """All state except the student's backbone: the student's heads, teacher, number of updates."""
         heads = {k: v for k, v in self.student.state_dict().items() if not k.startswith('backbone.')}
         state = {'heads': heads, 'num_updates': self.num_updates}
         return state if self.teacher is None else {**state, 'teacher': self.teacher.state_dict()}
@@ -130,7 +129,7 @@ class MomentumTask(TrainingTask):
             module: Optional[nn.Module] = None,
             ema: bool = False,
     ) -> None:
-        """Load what `get_task_state` gave.
+        """Load what `get_task_state` returned.
 
         Raises:
             RuntimeError: the state is of another model, method, context or bank size

@@ -1,0 +1,217 @@
+"""A training step relative to the backbone's alone, and what the variants cost."""
+import argparse
+import copy
+import statistics
+from functools import partial
+from typing import Any, Callable, Dict, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+
+from timm_cgh.data import multi_crop, two_views
+from timm_cgh.models import ContextEncoder, create_backbone
+from timm_cgh.progress import peak_memory
+from timm_cgh.task import CGHTask, create_task
+
+from .loss import relation_loss
+from .timing import autocast, in_turn, median_ratio, memory_of, random_images, timed
+
+__all__ = ['CGHStep', 'benchmark_step', 'benchmark_variants']
+
+_SGD = dict(lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _create_task(args: argparse.Namespace, **variant: Any) -> CGHTask:
+    task = create_task(args.model, bank_size=args.bank_size, img_size=args.img_size, **variant).to(args.device)
+    return task.to(memory_format=torch.channels_last) if args.channels_last else task
+
+
+class FloorStep:
+    """Student forward + backward + SGD, teacher forward, with torch's own defaults."""
+
+    def __init__(self, args: argparse.Namespace, images: torch.Tensor):
+        self.args, self.images = args, images
+        self.student = create_backbone(args.model, img_size=args.img_size).to(args.device).train()
+        if args.channels_last:
+            self.student.to(memory_format=torch.channels_last)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), **_SGD)
+
+    def __call__(self) -> None:
+        with autocast(self.args):
+            with torch.no_grad():
+                self.teacher(self.images)
+            loss = self.student(self.images).float().square().mean()
+        _update(loss, self.optimizer)
+
+
+class CGHStep:
+    """A step of CGH on views, as in `train.py`; `variant` are options of `create_task`."""
+
+    def __init__(self, args: argparse.Namespace, **variant: Any):
+        self.args = args
+        self.task = _create_task(args, **variant or dict(context=args.context))
+        if args.torchcompile:
+            self.task.compile()
+        if dist.is_initialized():
+            self.task.prepare_distributed()
+        self.optimizer = create_optimizer_v2(self.task.student, 'momentum', lr=0.01, weight_decay=1e-4, fused=True)
+
+    def __call__(self, views: Sequence[torch.Tensor]) -> None:
+        with autocast(self.args):
+            loss = self.task(views)['loss']
+        _update(loss, self.optimizer)
+        self.task.update_ema()
+
+
+class LightlyMoCoStep:
+    """MoCo-v2 as in lightly's examples: its head, loss and momentum update, with the same backbone."""
+
+    def __init__(self, args: argparse.Namespace, images: torch.Tensor):
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import MoCoProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+        self.args, self.images = args, images
+        backbone = create_backbone(args.model, img_size=args.img_size)
+        width = backbone.head_hidden_size
+        self.student = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, 128)).to(args.device).train()
+        self.teacher = copy.deepcopy(self.student)
+        deactivate_requires_grad(self.teacher)
+        self.criterion = NTXentLoss(memory_bank_size=(args.bank_size, 128)).to(args.device)
+        self.optimizer = torch.optim.SGD(self.student.parameters(), **_SGD)
+
+    def __call__(self) -> None:
+        from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+        update_momentum(self.student, self.teacher, m=0.99)
+        with autocast(self.args):
+            query = self.student(self.images)
+            with torch.no_grad():
+                shuffled, shuffle = batch_shuffle(self.images)
+                key = batch_unshuffle(self.teacher(shuffled), shuffle)
+            loss = self.criterion(query, key)
+        _update(loss, self.optimizer)
+
+
+def _embed(encoder: ContextEncoder, pooled: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    hyper = encoder.hyper_projector(encoder.hypercolumn(maps))
+    return F.normalize(encoder.projector(pooled), dim=1).sum() + F.normalize(hyper, dim=1).sum()
+
+
+def _run_heads(task: CGHTask, pooled: torch.Tensor, maps: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        _embed(task.teacher, pooled, maps)
+    _embed(task.student, pooled.clone().requires_grad_(), [m.clone().requires_grad_() for m in maps]).backward()
+
+
+def parts_of_step(args: argparse.Namespace, images: torch.Tensor) -> Dict[str, Callable]:
+    """What a step does beyond its floor, each part alone on data of its sizes, and the loss's matrix products."""
+    task = _create_task(args, context='cross')
+    with torch.no_grad():
+        pooled, maps = task.student.forward_contexts(images)
+    parameters = [p for name, p in task.student.named_parameters() if not name.startswith('backbone.')]
+    optimizer = torch.optim.SGD(parameters, fused=True, **_SGD)
+    heads = partial(_run_heads, task, pooled, maps)
+    heads()  # gives the optimizer gradients
+    loss, products = relation_loss(argparse.Namespace(device=args.device, embed_dim=512), args.bank_size, len(images))
+    return {
+        'relation loss': loss,
+        'its products': products,
+        'hypercolumn, heads': heads,
+        'their SGD': optimizer.step,
+        'teacher update': task.update_ema,
+    }
+
+
+def benchmark_step(args: argparse.Namespace) -> Dict[str, Any]:
+    """Milliseconds of a CGH step and of its floor, and peak memory.
+
+    The floor is student forward + backward + SGD and teacher forward, nothing else, with torch's own defaults.
+    """
+    torch.manual_seed(0)
+    images, device = random_images(args), torch.device(args.device)
+    step = CGHStep(args)
+    steps = {'floor': FloorStep(args, images), 'cgh': lambda: step([images, images])}
+    for name in steps:
+        timed(steps[name], device, 1)
+    peak = peak_memory(device)  # on a CPU that of the process, which includes the floor and the libraries
+    if args.lightly:
+        steps['lightly'] = LightlyMoCoStep(args, images)
+    if args.parts:
+        steps.update(parts_of_step(args, images))
+    seconds = in_turn(args, steps)
+    medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    result = dict(
+        ms=medians,
+        ratio=median_ratio(seconds['cgh'], seconds['floor']),
+        images_per_s=1000 * args.batch_size / medians['cgh'],
+        peak_memory_mib=peak,
+        seconds=seconds,
+    )
+    print(
+        f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: '
+        f"step {medians['cgh']:.1f} ms, floor {medians['floor']:.1f} ms, ratio {result['ratio']:.2f}, "
+        f"{result['images_per_s']:.1f} images/s, peak {result['peak_memory_mib']:.0f} MiB")
+    if args.parts:
+        print('beyond the floor, ms: ' + ', '.join(
+            f'{name} {value:.1f}' for name, value in medians.items() if name not in ('floor', 'cgh', 'lightly')))
+    if args.lightly:
+        result['lightly_ratio'] = median_ratio(seconds['lightly'], seconds['floor'])
+        print(f"lightly's MoCo: {medians['lightly']:.1f} ms, {result['lightly_ratio']:.2f} of the floor")
+    return result
+
+
+VARIANTS = {
+    'global (ReSSL)': dict(context='global'),
+    'moco': dict(context='global', method='moco'),
+    'same': dict(context='same'),
+    'cross': dict(context='cross'),
+    'cross, four stages': dict(context='cross', out_indices=(-4, -3, -2, -1)),
+    'cross, predictor': dict(context='cross', predictor=True),
+    'cross, predictor, multi-crop': dict(context='cross', predictor=True),
+}
+
+
+def variant_step(args: argparse.Namespace, name: str) -> Callable[[], None]:
+    """A call that runs one step of a variant."""
+    sizes = [args.img_size] * 2
+    if 'multi-crop' in name:
+        sizes += [view.size for view in multi_crop(two_views(args.img_size))[2:]]
+    return partial(CGHStep(args, **VARIANTS[name]), [random_images(args, size) for size in sizes])
+
+
+def run_variant(args: argparse.Namespace, name: str) -> None:
+    """Two steps, to measure their memory."""
+    step = variant_step(args, name)
+    step()
+    step()
+
+
+def benchmark_variants(args: argparse.Namespace) -> Dict[str, Any]:
+    """Images per second and memory of the variants of CGH, relative to global-context (the paper's training cost)."""
+    torch.manual_seed(0)
+    seconds = in_turn(args, {name: variant_step(args, name) for name in VARIANTS})
+    first = next(iter(VARIANTS))
+    memory = {name: memory_of(run_variant, args, name) for name in VARIANTS}
+    result = {
+        name: dict(
+            images_per_s=args.batch_size / statistics.median(values),
+            relative_rate=median_ratio(seconds[first], values),
+            memory_mib=memory[name],
+            relative_memory=memory[name] / memory[first],
+        )
+        for name, values in seconds.items()
+    }
+    print(f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}, {args.device}')
+    print(f'{"":30}  images/s  relative    MiB  relative')
+    for name, row in result.items():
+        print(f"{name:30}  {row['images_per_s']:8.1f}  {row['relative_rate']:8.2f}  {row['memory_mib']:5.0f}  "
+              f"{row['relative_memory']:8.2f}")
+    return dict(variants=result, seconds=seconds)

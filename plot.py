@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Plots of runs of train.py.
+
+    python plot.py runs output/train/a output/train/b --names CGH MoCo-v2 --out curves.png
+    python plot.py relations RUN_CGH RUN_RESSL --out fig2.png     # Fig. 2, of runs with --track-relations
+"""
+import csv
+import os
+import sys
+
+from timm_cgh.arguments import Parser
+from timm_cgh.errors import InputError, checking
+from timm_cgh.files import read_rows
+from timm_cgh.plots import read_tracked_run, save_relations, save_runs
+
+
+def plot_runs(args):
+    """Several runs over one another, epoch by epoch."""
+    names = args.names or [os.path.basename(os.path.abspath(folder)) for folder in args.runs]
+    if len(names) != len(args.runs):
+        raise InputError(f"names={' '.join(names)}: {len(names)} names for {len(args.runs)} runs")
+    if len(set(names)) != len(names):
+        raise InputError(f"runs={' '.join(args.runs)}: several of one name, tell them apart with `names`")
+    runs = {}
+    for name, folder in zip(names, args.runs):
+        with checking('runs', folder, OSError, ValueError, csv.Error):
+            runs[name] = read_rows(os.path.join(folder, 'summary.csv'))
+        if not runs[name]:
+            raise InputError(f'runs={folder}: not the folder of a run, it holds no summary.csv with an epoch in it')
+    return write(args.out, save_runs, runs, args.out, args.title)
+
+
+def plot_relations(args):
+    """Recall and precision of the teacher's positives: CGH's hypercolumn relation and ReSSL's global one."""
+    cgh = read_tracked_run(args.cgh, 'cross', 'CGH, hypercolumn relation', parameter='cgh')
+    ressl = read_tracked_run(args.ressl, 'global', 'ReSSL, global relation', parameter='ressl')
+    if cgh.selection != ressl.selection:
+        raise InputError(
+            f'ressl={args.ressl}: measured with the threshold {ressl.selection}, but `cgh` with {cgh.selection}')
+    sizes = [cgh.bank_size, ressl.bank_size]
+    title = "Positives that the teacher's relations select"
+    return write(args.out, save_relations, [cgh.curve, ressl.curve], args.out, cgh.selection, sizes, title)
+
+
+def write(out, save, *content):
+    if not out.lower().endswith('.png'):
+        raise InputError(f'out={out}: must end in .png')
+    with checking('out', out, OSError):
+        written = save(*content)
+    if not written:
+        raise InputError(f'out={out}: needs matplotlib (pip install matplotlib)')
+    print(out)
+    return 0
+
+
+parser = Parser(description='Plots of runs of train.py')
+plots = parser.add_subparsers(metavar='PLOT', required=True)
+
+runs_parser = plots.add_parser('runs', help='training curves of several runs', description=plot_runs.__doc__)
+runs_parser.add_argument('runs', metavar='RUN', nargs='+', help='folder with a summary.csv')
+runs_parser.add_argument('--names', metavar='NAME', nargs='+', help='of the runs; default: those of their folders')
+runs_parser.add_argument('--title', default='', help='heading')
+runs_parser.add_argument('--out', metavar='FILE', default='curves.png', help='PNG file to write')
+runs_parser.set_defaults(parser=runs_parser, plot=plot_runs)
+
+relations_parser = plots.add_parser('relations', help='Fig. 2 of the paper', description=plot_relations.__doc__)
+relations_parser.add_argument('cgh', metavar='RUN_CGH', help='folder of a run of train.py --track-relations')
+relations_parser.add_argument('ressl', metavar='RUN_RESSL', help='the same with --context global')
+relations_parser.add_argument('--out', metavar='FILE', default='fig2.png', help='PNG file to write')
+relations_parser.set_defaults(parser=relations_parser, plot=plot_relations)
+
+
+def main(argv=None):
+    args = parser.parse_args(argv)
+    return args.parser.run(lambda _: args.plot(args))  # an error names the flags of the subcommand
+
+
+if __name__ == '__main__':
+    sys.exit(main())

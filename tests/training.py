@@ -1,0 +1,92 @@
+"""Runs of train.py on tiny networks and images: what the tests of training share."""
+import csv
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train as script
+from conftest import REPOSITORY
+from script_runner import run_script
+from timm_cgh.train.checkpoint import read_checkpoint
+
+# a network, heads and a data set small enough that a run is a matter of seconds
+TINY = ['--model', 'test_resnet', '--img-size', '16', '--hidden-dim', '16', '--embed-dim', '8', '--bank-size', '16',
+        '--batch-size', '8', '--workers', '0', '--lr', '0.03', '--knn-interval', '1', '--device', 'cpu']
+
+
+def command(*args):
+    """Command line of `python train.py`, for what needs a process of its own."""
+    return [sys.executable, str(REPOSITORY / 'train.py'), *map(str, args)]
+
+
+def torchrun(*args, processes=2):
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    return [sys.executable, *launch, str(REPOSITORY / 'train.py'), *map(str, args)]
+
+
+def train(*args, cwd=REPOSITORY):
+    return run_script('train.py', *args, cwd=cwd)
+
+
+def check_ok(done):
+    """Standard output and error of a process that succeeded."""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def check_refused(capsys, args, *named):
+    """In this process: one line that holds all of `named`, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.parser.run(script.main, [str(a) for a in args])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2, message
+    last = message.strip().splitlines()[-1]
+    assert re.match(r'\S+: error: ', last), message
+    for name in named:
+        assert name in last, last
+
+
+def make_images(folder, count=24, size=20, classes=('cat', 'dog')):
+    """Random images in class folders (or in none): class k is bright in channel k."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        name = classes[i % len(classes)] if classes else ''
+        pixels = rng.integers(0, 120, (size, size + 3, 3), dtype=np.uint8)
+        pixels[..., i % 2] += 100
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name / f'{i:03d}.jpg')
+    return folder
+
+
+def read_summary(folder):
+    """Rows of a run's summary.csv, values as text."""
+    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def check_equal_checkpoints(first, second):
+    """The last checkpoints of two run folders hold the same state, bit for bit."""
+    a, b = (read_checkpoint(str(folder / 'last.pth.tar')) for folder in (first, second))
+
+    def check(x, y, where):
+        assert type(x) is type(y), where
+        if isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for key in x:
+                check(x[key], y[key], f'{where}.{key}')
+        elif isinstance(x, (list, tuple)):
+            assert len(x) == len(y), where
+            for i, (p, q) in enumerate(zip(x, y)):
+                check(p, q, f'{where}[{i}]')
+        elif torch.is_tensor(x):
+            assert torch.equal(x, y), where
+        else:
+            assert x == y, where
+
+    for part in ('state_dict', 'task_state', 'optimizer', 'epoch'):
+        check(a[part], b[part], part)

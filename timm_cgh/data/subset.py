@@ -1,0 +1,32 @@
+"""Chosen images of a data set."""
+from typing import List, Sequence, Tuple
+
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+
+from .decode import read_or_substitute
+
+__all__ = ['ImageSubset']
+
+
+class ImageSubset(Subset):
+    """Chosen images of a data set, as (PIL image, label) items of one mode.
+
+    An unreadable image is replaced by another one of the subset.
+
+    Args:
+        dataset: map-style
+        indices: of the images
+        mode: `L` or `RGB`
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int], mode: str = 'RGB'):
+        super().__init__(dataset, [int(i) for i in indices])
+        self.mode = mode
+
+    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
+        image, label, _ = read_or_substitute(self, index, self.mode)
+        return image, label
+
+    def __getitems__(self, indices: List[int]) -> List[Tuple[Image.Image, int]]:
+        return [self[index] for index in indices]

@@ -1,0 +1,126 @@
+"""Labelled training and validation images of an evaluation."""
+import os
+from typing import Any, List, Mapping, NamedTuple, Optional
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+
+from timm_cgh.data import ImageSubset, class_to_idx, image_mode, is_stream, open_dataset, read_labels
+from timm_cgh.data.sources import find_split_folder
+from timm_cgh.errors import InputError
+
+__all__ = ['LabelledDatasets', 'check_classes', 'class_names', 'open_labelled', 'open_labelled_datasets']
+
+
+class LabelledDatasets(NamedTuple):
+    """Map-style data sets of (PIL image, label) items, without unlabelled images."""
+    train: Dataset
+    val: Dataset
+    num_classes: int
+    class_names: Optional[List[str]]
+
+
+def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
+    """Names of the classes in the order of their labels, where the data set knows them all."""
+    numbers = class_to_idx(dataset)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = sorted(numbers, key=numbers.__getitem__) or getattr(getattr(dataset, 'reader', dataset), 'classes', None)
+    return [str(name) for name in names] if names and len(names) == num_classes else None
+
+
+def open_labelled(
+        dataset: str,
+        data_dir: Optional[str],
+        split: str,
+        *,
+        in_chans: int = 3,
+        split_parameter: str = 'train_split',
+        **source: Any,
+) -> Dataset:
+    """A split of a data set, its labelled images only: (PIL image, label) items.
+
+    Args:
+        dataset, data_dir, split, in_chans, split_parameter, source: see `timm_cgh.data.open_dataset`
+
+    Raises:
+        InputError: no such split, a stream, no labels
+    """
+    if not dataset and data_dir and os.path.isdir(data_dir) and find_split_folder(data_dir, split) is None \
+            and any(find_split_folder(data_dir, name) for name in ('train', 'validation', 'test')):
+        # open_dataset would take all of data_dir for the training images
+        raise InputError(f'{split_parameter}={split}: no such folder in {data_dir}')
+    images = open_dataset(dataset, data_dir, split, in_chans=in_chans, split_parameter=split_parameter, **source)
+    if is_stream(images):
+        raise InputError(
+            f'dataset={dataset}: a stream, whose images cannot be counted; use a folder, torch/ or hfds/')
+    labels = read_labels(images)
+    if labels is None or not (labels >= 0).any():
+        raise InputError(f'{split_parameter}={split}: has no labels')
+    if (labels >= 0).all():
+        return images
+    return ImageSubset(images, np.flatnonzero(labels >= 0).tolist(), image_mode(in_chans))
+
+
+def check_classes(train: Dataset, val: Dataset) -> int:
+    """Check that all validation images are of classes of the training images, and count those classes.
+
+    Raises:
+        InputError: fewer than two classes, validation images of other classes, or class numbers that differ
+    """
+    train_labels, val_labels = (np.asarray(read_labels(images)) for images in (train, val))
+    classes = np.unique(train_labels)
+    if len(classes) < 2:
+        raise InputError('data_dir: the training images are all of one class, put them in class folders')
+    train_names, val_names = class_to_idx(train), class_to_idx(val)
+    unknown = sorted(str(name) for name in set(val_names) - set(train_names)) if train_names else []
+    unknown = unknown or [str(label) for label in np.setdiff1d(val_labels, classes)]
+    if unknown:
+        raise InputError(
+            f"val_split: {len(unknown)} classes without training images ({', '.join(unknown[:5])})")
+    moved = next((name for name, number in val_names.items() if train_names.get(name, number) != number), None)
+    if moved is not None:
+        raise InputError(f'val_split: class {moved} has another number than in training, give `class_map`')
+    return int(classes[-1]) + 1
+
+
+def open_labelled_datasets(
+        data_config: Mapping[str, Any],
+        dataset: str = '',
+        data_dir: Optional[str] = None,
+        train_split: str = 'train',
+        val_split: str = 'validation',
+        *,
+        dataset_download: bool = False,
+        dataset_trust_remote_code: bool = False,
+        class_map: str = '',
+        input_key: Optional[str] = None,
+        target_key: Optional[str] = None,
+) -> LabelledDatasets:
+    """Open the training and the validation images and check that their classes are the same.
+
+    Args:
+        data_config: of the backbone; its `input_size` says whether it takes colour or grey images
+        train_split, val_split: names of the splits
+        others: see `timm_cgh.data.open_dataset`
+
+    Raises:
+        InputError: see `open_labelled` and `check_classes`
+    """
+    if train_split == val_split:
+        raise InputError(f'val_split={val_split}: is the training split, where each image would find itself')
+    train, val = (
+        open_labelled(
+            dataset,
+            data_dir,
+            split,
+            in_chans=data_config['input_size'][0],
+            split_parameter=parameter,
+            dataset_download=dataset_download,
+            dataset_trust_remote_code=dataset_trust_remote_code,
+            class_map=class_map,
+            input_key=input_key,
+            target_key=target_key,
+        ) for split, parameter in ((train_split, 'train_split'), (val_split, 'val_split')))
+    num_classes = check_classes(train, val)
+    return LabelledDatasets(train, val, num_classes, class_names(train, num_classes))

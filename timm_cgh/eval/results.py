@@ -1,0 +1,84 @@
+"""Results of an evaluation: what was evaluated on what, printed and written as JSON or CSV."""
+import csv
+import json
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+
+from timm_cgh.data import data_name
+from timm_cgh.errors import checking
+from timm_cgh.files import atomic_write
+
+from .backbone import Backbone
+from .loader import eval_crop_pct
+
+__all__ = ['describe_accuracy', 'describe_images', 'describe_model', 'write_results']
+
+
+def describe_model(
+        backbone: Backbone,
+        dataset: str = '',
+        data_dir: Optional[str] = None,
+        val_split: str = 'validation',
+) -> Dict[str, Any]:
+    """First entries of every result: the model, its weights and the data that it is evaluated on."""
+    return dict(
+        model=backbone.name,
+        weights=backbone.weights,
+        digest=backbone.digest,
+        dataset=data_name(dataset, data_dir),
+        val_split=val_split,
+    )
+
+
+def describe_accuracy(top1: float, top5: Optional[float] = None) -> Dict[str, float]:
+    """Accuracies and errors in percent."""
+    accuracy = dict(top1=top1) if top5 is None else dict(top1=top1, top5=top5)
+    return {
+        key: round(value, 4)
+        for name, top in accuracy.items() for key, value in ((name, top), (f'{name}_err', 100 - top))}
+
+
+def describe_images(
+        data_config: Mapping[str, Any],
+        num_classes: int,
+        train_images: int,
+        val_images: int,
+) -> Dict[str, Any]:
+    """Entries about the images: how many there are, and how those of validation are prepared."""
+    size = min(data_config['input_size'][1:])
+    return dict(
+        num_classes=num_classes,
+        train_images=train_images,
+        val_images=val_images,
+        img_size=size,
+        crop_pct=eval_crop_pct(size),
+        interpolation=data_config['interpolation'],
+    )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = '') -> Iterator[Tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f'{prefix}{name}_')
+        else:
+            yield f'{prefix}{name}', value
+
+
+def write_results(results: Mapping[str, Any], results_file: Optional[str] = None) -> None:
+    """Print results as timm's validate.py does, and write them to a file.
+
+    Args:
+        results: values by name; nested ones become columns `outer_inner` of a CSV file
+        results_file: `.json` or `.csv`
+    """
+    text = json.dumps(results, indent=4)
+    print(f'--result\n{text}', flush=True)
+    if not results_file:
+        return
+    with checking('results_file', results_file, OSError), atomic_write(results_file) as file:
+        if results_file.endswith('.csv'):
+            row = dict(_flatten(results))
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator='\n')
+            writer.writeheader()
+            writer.writerow(row)
+        else:
+            file.write(f'{text}\n')

@@ -1,0 +1,164 @@
+"""timm backbones: create one, recognise a features_only wrapper, turn it back into the plain model."""
+import difflib
+import os
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union, cast
+
+import timm
+import torch.nn as nn
+
+from timm_cgh.download import HUB_PREFIX, fetch_folder
+from timm_cgh.errors import InputError, checking
+
+__all__ = [
+    'check_model_name', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names', 'resolve_data_config',
+    'timm_config']
+
+_LOCAL_PREFIX = 'local-dir:'  # timm's
+
+
+def check_model_name(model: str) -> None:
+    """Check that timm has a model of this name.
+
+    Args:
+        model: timm model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (not looked up)
+
+    Raises:
+        InputError: unknown to timm, with the most similar names; or a folder without a `config.json`
+    """
+    if model.startswith(_LOCAL_PREFIX):
+        folder = model.removeprefix(_LOCAL_PREFIX)
+        if not os.path.isfile(os.path.join(folder, 'config.json')):
+            raise InputError(f"model={model}: no config.json in {folder}; a run's folder has it in export/")
+    elif ':' not in model and not timm.is_model(model):
+        similar = difflib.get_close_matches(model.split('.')[0], timm.list_models(), n=3)
+        hint = f", did you mean {', '.join(similar)}?" if similar else ''
+        raise InputError(f'model={model}: timm has no such model{hint}')
+
+
+def create_backbone(name: str, img_size: Optional[Union[int, Tuple[int, int]]] = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model(name, num_classes=0)`, with `img_size` passed on to the models that take one.
+
+    Models with positional embeddings or windows are built for one input size; the others take any size and refuse the
+    argument. Weights from the Hub are downloaded by `timm_cgh.download`: safetensors only, verified against their hash.
+
+    Args:
+        name: timm model name, also `hf-hub:` and `local-dir:`
+        img_size: side of the training images, px, or (H, W)
+        **kwargs: further arguments of `timm.create_model`
+
+    Raises:
+        InputError: `hf-hub:` weights that cannot be downloaded, or do not have the published hash
+        RuntimeError: from timm: unknown model, or one without pretrained weights
+    """
+    if not kwargs.get('features_only'):
+        kwargs.setdefault('num_classes', 0)
+    if kwargs.get('pretrained') and name.startswith(HUB_PREFIX):
+        with checking('model', name, RuntimeError):
+            name = f"{_LOCAL_PREFIX}{fetch_folder(name, cache_dir=kwargs.get('cache_dir'))}"
+    if img_size is not None:
+        try:
+            return timm.create_model(name, img_size=img_size, **kwargs)
+        except TypeError as error:
+            if 'img_size' not in str(error):
+                raise
+    return timm.create_model(name, **kwargs)
+
+
+def timm_config(model: nn.Module) -> Dict[str, Any]:
+    """timm's configuration of a model: its architecture, the images and classifier of its pretrained weights."""
+    return cast(Dict[str, Any], model.pretrained_cfg)
+
+
+def resolve_data_config(
+        pretrained_cfg: Mapping[str, Any],
+        *,
+        in_chans: Optional[int] = None,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
+        interpolation: Optional[str] = None,
+) -> Dict[str, Any]:
+    """Size and normalisation of a model's images: the given values, else the model's own.
+
+    Args:
+        pretrained_cfg: the model's
+        in_chans: channels of the images
+        img_size: side, px, or (H, W)
+        mean, std: of pixels in [0, 1]; one value per channel, or one for all of them. The model's own colour values are
+            averaged for grey images.
+        interpolation: for resizing
+
+    Returns:
+        `input_size` (C, H, W), `mean`, `std` (one value per channel) and `interpolation`
+
+    Raises:
+        InputError: `mean` or `std` with another number of values
+    """
+    chans = in_chans or pretrained_cfg['input_size'][0]
+    size = img_size or pretrained_cfg['input_size'][1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    config: Dict[str, Any] = dict(
+        input_size=(chans, height, width),
+        interpolation=interpolation or pretrained_cfg.get('interpolation') or 'bilinear',
+    )
+    for name, given in (('mean', mean), ('std', std)):
+        values = list(given or pretrained_cfg[name])
+        if len(values) != chans:
+            if given and len(values) > 1:
+                raise InputError(f'{name}: {len(values)} values for {chans} channels')
+            values = [sum(values) / len(values)] * chans
+        config[name] = tuple(values)
+    return config
+
+
+def is_features_only(backbone: nn.Module) -> bool:
+    """Whether a timm module returns a list of maps (built with `features_only=True`) rather than a pooled feature."""
+    return hasattr(getattr(backbone, 'feature_info', None), 'channels')  # plain models hold a list of dicts there
+
+
+def plain_names(wrapper: Iterable[str], plain: Iterable[str]) -> Dict[str, str]:
+    """Names of a plain timm model's tensors -> their names in its `features_only` wrapper, where it has them.
+
+    Args:
+        wrapper, plain: keys of the two state dicts
+    """
+    own, names = set(wrapper), {}
+    for key in plain:
+        # timm's wrappers hold either the whole model as `model`, or its children, with nested names joined by `_`
+        candidates = [f'model.{key}', *(key.replace('.', '_', joints) for joints in range(key.count('.')))]
+        name = next((candidate for candidate in candidates if candidate in own), None)
+        if name is not None:
+            names[key] = name
+    return names
+
+
+def plain_backbone(
+        backbone: nn.Module,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        **model_kwargs: Any,
+) -> nn.Module:
+    """The plain timm model that a backbone's weights belong to.
+
+    A plain model is returned as it is. The weights of a `features_only` wrapper are copied into a new model of the same
+    architecture; its attribute `untrained_keys` lists the tensors that the wrapper lacks (layers behind the last map),
+    which keep their initial values.
+
+    Args:
+        backbone: timm model or `features_only` wrapper
+        img_size: side of the images that the wrapper was built for, px, or (H, W), for models that depend on it
+        **model_kwargs: arguments that the wrapper was built with, `features_only` and `out_indices` aside
+
+    Raises:
+        RuntimeError: a tensor of the wrapper has no place in the plain model
+    """
+    if not is_features_only(backbone):
+        return backbone
+    model = create_backbone(timm_config(backbone)['architecture'], img_size=img_size, **model_kwargs)
+    trained, plain = backbone.state_dict(), model.state_dict()
+    names = {k: n for k, n in plain_names(trained, plain).items() if trained[n].shape == plain[k].shape}
+    lost = trained.keys() - names.values()
+    if lost:
+        raise RuntimeError(f'{min(lost)} of the features_only backbone has no place in the plain model')
+    model.load_state_dict({key: trained[name] for key, name in names.items()}, strict=False)
+    model.untrained_keys = [key for key in plain if key not in names]
+    return model

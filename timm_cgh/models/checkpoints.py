@@ -1,0 +1,194 @@
+"""Reading weights: files, folders in timm's hub format, models of the Hub. Nothing is unpickled freely."""
+import argparse
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from timm_cgh.download import HUB_PREFIX, fetch_folder
+from timm_cgh.errors import InputError, checking, reason
+
+from .matching import backbone_state, misfits
+
+__all__ = [
+    'check_fits', 'check_folder', 'find_source', 'load_folder', 'load_weights', 'read_file', 'run_arguments',
+    'weights_digest']
+
+
+def read_file(path: Union[str, Path], parameter: str = 'checkpoint', mmap: bool = False) -> Dict[str, Any]:
+    """Content of a checkpoint file: safetensors, or whatever `torch.load(weights_only=True)` reads.
+
+    Args:
+        path: file
+        parameter: that names the file, for messages
+        mmap: read tensors when they are used, where the file's format allows it
+
+    Raises:
+        InputError: no such file, unreadable, or not a dictionary
+    """
+    path = str(path)
+    if not os.path.isfile(path):
+        raise InputError(f'{parameter}={path}: no such file')
+    try:
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        mmap = mmap and zipfile.is_zipfile(path)  # not the format before torch 1.6
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, timm's and ours hold their arguments
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except Exception as error:  # of broken pickles, torch.load raises nearly every type there is
+        raise InputError(
+            f'{parameter}={path}: not a readable safetensors or weights-only torch file '
+            f'({reason(error, 160)})') from error
+    if not isinstance(content, dict):
+        raise InputError(f'{parameter}={path}: holds a {type(content).__name__}, must hold a dictionary')
+    return content
+
+
+def run_arguments(content: Mapping[str, Any]) -> Dict[str, Any]:
+    """Arguments of the training run that a checkpoint is from; empty for checkpoints of other programs."""
+    args = content.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args  # as timm stores them
+    return dict(args) if 'task_state' in content and isinstance(args, Mapping) else {}
+
+
+def find_source(
+        source: Union[str, Path],
+        parameter: str = 'checkpoint',
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Path:
+    """The file, or the folder in timm's hub format, that holds the weights that a user names.
+
+    Args:
+        source: checkpoint file; folder of a run, its `export/` or any other folder in timm's hub format; or
+            `hf-hub:owner/name[@revision]`, which is downloaded
+        parameter: that names the source, for messages
+        cache_dir: of downloads; default the Hub client's
+
+    Raises:
+        InputError: no such file, no model in the folder, or a failed download
+    """
+    if str(source).startswith(HUB_PREFIX):
+        with checking(parameter, source, RuntimeError):
+            return Path(fetch_folder(str(source), cache_dir=cache_dir))
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f'{parameter}={source}: no such file')
+        return path
+    for folder in (path / 'export', path):
+        if (folder / 'config.json').is_file():
+            return folder
+    raise InputError(f"{parameter}={source}: no config.json there; give a run's folder, its export/, or a file")
+
+
+def load_weights(
+        model: nn.Module,
+        source: Union[str, Path],
+        teacher: bool = False,
+        parameter: str = 'checkpoint',
+) -> str:
+    """Load a backbone's weights from a checkpoint of any origin (see `backbone_state`).
+
+    Args:
+        model: plain timm model with `num_classes=0`; or a `features_only` wrapper, by its own names or a plain model's
+        source: see `find_source`
+        teacher: take the averaged network
+        parameter: that names the source, for messages
+
+    Returns:
+        where in the file the weights were, '' for the top level
+
+    Raises:
+        InputError: nothing readable there, or weights that do not fit
+    """
+    path = find_source(source, parameter)
+    content = read_file(path / 'model.safetensors' if path.is_dir() else path, parameter)
+    state, where = backbone_state(content, model, f'{parameter}={source}', teacher)
+    model.load_state_dict(state)
+    return where
+
+
+def check_fits(
+        found: Mapping[str, Sequence[int]],
+        wanted: Mapping[str, Sequence[int]],
+        at_fault: Union[str, Path],
+) -> None:
+    """Compare the tensors of a file with those of a model.
+
+    Args:
+        found, wanted: name -> shape
+        at_fault: file or parameter, for the message
+
+    Raises:
+        InputError: names what is missing, unexpected, or has another shape
+    """
+    if words := misfits(found, wanted):
+        raise InputError(f'{at_fault}: {words}')
+
+
+def check_folder(folder: Union[str, Path], architecture: Optional[str] = None) -> Dict[str, Any]:
+    """Check that a folder in timm's hub format is complete and that its weights fit the model that it describes.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`
+        architecture: that it must hold; default any that timm knows
+
+    Returns:
+        content of `config.json`
+
+    Raises:
+        InputError: a file is missing or broken, or the weights are another architecture's
+    """
+    config_path, weights_path = Path(folder, 'config.json'), Path(folder, 'model.safetensors')
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise InputError(f"{folder}: has no {path.name}; give a run's export folder")
+    try:
+        config = json.loads(config_path.read_text(encoding='utf-8'))
+        found = config['architecture']
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f'{config_path}: not the configuration of a timm model') from error
+    if architecture is not None and found != architecture:
+        raise InputError(f'{folder}: holds a {found}, not a {architecture}')
+    try:
+        with safe_open(weights_path, framework='pt') as file:  # compares the header with the length of the file
+            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+    except SafetensorError as error:
+        raise InputError(f'{weights_path}: not a complete safetensors file ({reason(error)})') from error
+    # the file's own arguments go to the constructor
+    refusals = (AssertionError, KeyError, RuntimeError, TypeError, ValueError)
+    with checking(str(config_path), None, *refusals), torch.device('meta'):
+        model = timm.create_model(f'local-dir:{folder}')
+    check_fits(shapes, {name: value.shape for name, value in model.state_dict().items()}, weights_path)
+    return config
+
+
+def load_folder(folder: Union[str, Path], architecture: Optional[str] = None, **kwargs: Any) -> nn.Module:
+    """The model in a folder in timm's hub format, by timm's own loader.
+
+    Args:
+        folder, architecture: see `check_folder`
+        **kwargs: of `timm.create_model`, such as `num_classes`, `in_chans`, `features_only`
+
+    Raises:
+        InputError: see `check_folder`
+    """
+    check_folder(folder, architecture)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers: equal for bit-identical weights on any device."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Plots of an evaluation: nearest neighbours, confusion matrix, accuracy of each class."""
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+
+from timm_cgh.plots.style import BLUE, GREEN, GREY, ORANGE, new_figure, plot, save_figure
+
+__all__ = ['save_class_accuracy', 'save_confusion', 'save_retrieval_grid']
+
+_RIGHT, _WRONG = GREEN, ORANGE
+_MAX_NAMED = 30  # classes; names of more could not be read
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f'{text[:length - 1]}…'
+
+
+def _class_names(names: Optional[Sequence[str]], labels: torch.Tensor, predictions: torch.Tensor) -> List[str]:
+    """Names of all classes in readable length, numbers where there are none."""
+    count = int(max(labels.max(), predictions.max())) + 1
+    names = list(names or [])
+    return [_shorten(name, 26) for name in (*names, *map(str, range(len(names), count)))]
+
+
+def _confusion(
+        labels: torch.Tensor,
+        predictions: torch.Tensor,
+        num_classes: int,
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(C, C) numbers of images by true and predicted class, the same in percent of the true class, (C,) images of each.
+
+    Predictions below 0 (none) are in no column, but count as images of their class.
+    """
+    labels, predictions, edges = labels.cpu().numpy(), predictions.cpu().numpy(), np.arange(num_classes + 1)
+    counts, *_ = np.histogram2d(labels, predictions, bins=(edges, edges))
+    images = np.bincount(labels, minlength=num_classes)
+    return counts, 100 * counts / np.maximum(images, 1)[:, None], images
+
+
+@plot
+def save_confusion(
+        labels: torch.Tensor,
+        predictions: torch.Tensor,
+        path: Union[str, Path],
+        names: Optional[Sequence[str]] = None,
+) -> None:
+    """Plot the confusion matrix: a row per true class, with its percentages of the predicted classes.
+
+    Args:
+        labels: (N,) true classes, 0 and up
+        predictions: (N,) predicted classes, below 0 for none
+        path: PNG file to write
+        names: of the classes, by number
+    """
+    from matplotlib.colors import Normalize, PowerNorm
+    names = _class_names(names, labels, predictions)
+    counts, percent, _ = _confusion(labels, predictions, len(names))
+    size = min(12.0, max(5.0, 2.4 + 0.34 * len(names)))
+    figure = new_figure(size + 0.8, size)
+    axes = figure.add_subplot()
+    with_numbers = len(names) <= 20
+    # without numbers, a root scale brings out confusions of a few percent
+    norm = Normalize(0, 100) if with_numbers else PowerNorm(0.5, 0, 100)
+    image = axes.imshow(percent, cmap='Blues', norm=norm, interpolation='nearest')
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label='of the true class, %')
+    bar.outline.set_visible(False)
+    axes.tick_params(length=0, labelsize=8)
+    if len(names) <= _MAX_NAMED:
+        long = max(map(len, names)) > 3
+        axes.set_xticks(range(len(names)), names, rotation=90 if long else 0)
+        axes.set_yticks(range(len(names)), names)
+    if with_numbers:
+        for row, column in zip(*np.nonzero(counts)):
+            axes.text(column, row, f'{percent[row, column]:.0f}', ha='center', va='center', fontsize=7,
+                      color='white' if percent[row, column] > 55 else '#222222')
+    axes.grid(False)
+    axes.spines[:].set(visible=True, color='#bbbbbb')
+    axes.set_xlabel('predicted')
+    axes.set_ylabel('true')
+    axes.set_title(f'Top-1 {100 * np.trace(counts) / max(1, len(labels)):.2f} %, {len(labels)} images')
+    save_figure(figure, path)
+
+
+@plot
+def save_class_accuracy(
+        labels: torch.Tensor,
+        predictions: torch.Tensor,
+        path: Union[str, Path],
+        names: Optional[Sequence[str]] = None,
+) -> None:
+    """Plot the accuracy of each class, best first: bars with names, a curve where the classes are many.
+
+    Args:
+        labels, predictions, path, names: see `save_confusion`; classes without an image are left out
+    """
+    names = _class_names(names, labels, predictions)
+    _, percent, images = _confusion(labels, predictions, len(names))
+    accuracy, present = np.diagonal(percent), np.flatnonzero(images)
+    order = present[np.argsort(-accuracy[present], kind='stable')]
+    accuracy, names = accuracy[order], [names[i] for i in order]
+    with_names = len(order) <= _MAX_NAMED
+    figure = new_figure(7.5, 1.2 + 0.26 * max(4, len(order)) if with_names else 4.5)
+    axes = figure.add_subplot()
+    (_draw_bars if with_names else _draw_ranking)(axes, accuracy, names)
+    axes.set_title(f'Accuracy of each class, mean {accuracy.mean():.2f} % (dashed)')
+    save_figure(figure, path)
+
+
+def _draw_bars(axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
+    axes.barh(range(len(names)), accuracy, color=BLUE, height=0.72)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 101)
+    axes.set_xticks(range(0, 101, 20))
+    for place, value in enumerate(accuracy):
+        inside = value > 10
+        axes.text(value + (-1 if inside else 1), place, f'{value:.1f}', va='center', fontsize=8,
+                  ha='right' if inside else 'left', color='white' if inside else GREY)
+    axes.axvline(accuracy.mean(), color=_WRONG, linewidth=1.2, linestyle='dashed', zorder=0.9)
+    axes.set_xlabel('top-1, %')
+    axes.tick_params(axis='y', length=0)
+    axes.grid(False)
+
+
+def _draw_ranking(axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
+    ranks = range(1, len(names) + 1)
+    axes.fill_between(ranks, accuracy, color=BLUE, alpha=0.25, linewidth=0)
+    axes.plot(ranks, accuracy, color=BLUE)
+    axes.axhline(accuracy.mean(), color=_WRONG, linewidth=1.2, linestyle='dashed')
+    axes.set_xlim(1, len(names))
+    axes.set_ylim(0, 103)
+    axes.set_xlabel(f'{len(names)} classes, best first')
+    axes.set_ylabel('top-1, %')
+    ends = f'best: {", ".join(names[:3])}\nworst: {", ".join(names[:-4:-1])}'
+    axes.text(0.01, 0.03, ends, transform=axes.transAxes, fontsize=8, color=GREY)
+
+
+@plot
+def save_retrieval_grid(
+        rows: Sequence[Sequence[Tuple[Image.Image, str, bool]]],
+        path: Union[str, Path],
+        title: str = '',
+) -> None:
+    """Plot queries and their nearest neighbours; the frame tells whether the class is the query's.
+
+    Args:
+        rows: per query, (image, class name, whether it is the query's class) of the query and then of its neighbours,
+            nearest first
+        path: PNG file to write
+        title: heading
+    """
+    columns = max(map(len, rows))
+    figure = new_figure(0.95 * columns + 0.3, 1.12 * len(rows) + 0.7)
+    # a gap between queries and neighbours
+    grid = figure.add_gridspec(len(rows), columns + 1, width_ratios=[1, 0.15, *[1] * (columns - 1)])
+    for y, row in enumerate(rows):
+        for x, (image, name, right) in enumerate(row):
+            axes = figure.add_subplot(grid[y, x if x == 0 else x + 1])
+            _draw_image(axes, image)
+            axes.spines[:].set(
+                visible=True,
+                color=GREY if x == 0 else _RIGHT if right else _WRONG,
+                linewidth=1.2 if x == 0 else 3,
+            )
+            axes.set_xlabel(_shorten(name, 14), fontsize=7, labelpad=2,
+                            color='black' if x == 0 else GREY if right else _WRONG)
+            if y == 0 and x < 2:
+                axes.set_title('query' if x == 0 else 'nearest →', fontsize=8)
+    legend = 'green: the class of the query, orange: another'
+    figure.suptitle(f'{title} · {legend}' if title else legend, fontsize=9)
+    save_figure(figure, path)
+
+
+def _draw_image(axes, image: Image.Image) -> None:
+    small = max(image.size) < 100  # pixels of small images are shown as they are
+    axes.imshow(
+        np.asarray(image),
+        cmap='gray' if image.mode == 'L' else None,
+        vmin=0,
+        vmax=255,
+        interpolation='nearest' if small else 'antialiased',
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])

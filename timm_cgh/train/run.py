@@ -1,0 +1,304 @@
+"""One run of `train.py`: what happens around its steps and epochs."""
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
+
+import torch
+import yaml
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import NativeScaler
+
+from timm_cgh.data import ViewLoader, ViewsToDevice
+from timm_cgh.distributed import Process, all_gather_objects
+from timm_cgh.files import Summary, atomic_write
+from timm_cgh.progress import Progress, peak_memory
+from timm_cgh.task import MomentumTask
+from timm_cgh.task.positives import RelationTracker, relation_columns
+
+from .boards import Boards
+from .build import Backbone
+from .checkpoint import RunSaver
+from .meter import Meter
+from .monitor import KnnMonitor
+from .outputs import export_run, list_files, warn_if_collapsed, write_plots
+from .resume import ResumePoint, restore
+from .stop import StopRequest
+
+__all__ = ['Run', 'Step']
+
+_logger = logging.getLogger('train')
+
+
+class Step(NamedTuple):
+    """One batch of an epoch.
+
+    Args:
+        batch: its index in the epoch
+        views: per view (B, C, H, W) normalised images on the device
+        target: (B,) labels, -1 unknown
+        group_size: batches whose gradients are accumulated with this one, itself included
+        update: whether the optimiser steps after this batch
+        logged: whether the losses are logged after this batch
+    """
+    batch: int
+    views: List[torch.Tensor]
+    target: torch.Tensor
+    group_size: int
+    update: bool
+    logged: bool
+
+
+@dataclass
+class Run:
+    """State of a run, and its bookkeeping: resume, progress, evaluation, checkpoints, files.
+
+    Args:
+        given: the options as the user gave them, for `args.yaml` and checkpoints
+        settings: the settled options (see `settle`)
+        folder: of the run
+        process: this process
+        stop: requests to end early
+        backbone, task, loader, to_device, optimizer, scheduler, scaler: the parts of the training step
+        data_config: size and normalisation of the images
+        monitor: kNN evaluation, None for none
+        tracker: of the teacher's relations, None for none
+    """
+    given: Dict[str, Any]
+    settings: Any
+    folder: str
+    process: Process
+    stop: StopRequest
+    backbone: Backbone
+    task: MomentumTask
+    loader: ViewLoader
+    to_device: ViewsToDevice
+    optimizer: torch.optim.Optimizer
+    scheduler: Optional[Scheduler]
+    scaler: Optional[NativeScaler]
+    data_config: Dict[str, Any]
+    monitor: Optional[KnnMonitor] = None
+    tracker: Optional[RelationTracker] = None
+
+    def __post_init__(self) -> None:
+        self.epoch, self.batch, self.meter = 0, 0, Meter()
+        self.knn: Optional[float] = None
+        self.knn_before: Optional[float] = None
+        self.knn_pixels: Optional[float] = None
+        self.unreadable: Set[str] = set()
+        self.finished, self.exit_code = True, 0
+        self.saver = RunSaver(
+            self.task,
+            self.given,
+            optimizer=self.optimizer,
+            amp_scaler=self.scaler,
+            checkpoint_dir=self.folder,
+            recovery_dir=self.folder,
+            max_history=self.settings.checkpoint_hist,
+        )
+
+    @property
+    def order(self) -> Dict[str, int]:
+        """What the order of the images depends on: within an epoch, a checkpoint is good for this order alone."""
+        return dict(
+            seed=self.settings.seed,
+            steps=len(self.loader),
+            batch_size=self.settings.batch_size,
+            world_size=self.process.world_size,
+            grad_accum_steps=self.settings.grad_accum_steps,
+        )
+
+    # ---- beginning
+
+    def resume(self, point: Optional[ResumePoint]) -> None:
+        """Continue from a checkpoint, where there is one.
+
+        Raises:
+            InputError: the checkpoint does not fit this run
+        """
+        if point is None:
+            return
+        restore(point, self.task, self.optimizer, self.scaler)
+        progress = point.progress
+        self.epoch, self.batch, self.knn, self.knn_before = (
+            progress[name] for name in ('epoch', 'batch', 'knn', 'knn_before'))
+        if self.batch and progress['order'] != self.order:
+            _logger.warning(f'{point.path} was saved with another order of the images: epoch {self.epoch} starts over')
+            self.batch = 0
+        # schedules depend on the position in the run, whatever number of updates an epoch had before
+        updates_per_epoch = math.ceil(len(self.loader) / self.settings.grad_accum_steps)
+        self.task.num_updates = self.epoch * updates_per_epoch + self.batch // self.settings.grad_accum_steps
+        if self.batch:
+            self.meter.load_state_dict(progress['meter'], self.process.device)
+        if self.process.primary and os.path.realpath(os.path.dirname(point.path)) == os.path.realpath(self.folder):
+            self.saver.restore(point.state, point.path, point.rewind)
+        _logger.info(f'Resumed {point.path} at epoch {self.epoch}, batch {self.batch}')
+
+    def begin(self) -> None:
+        """Open the run's files and evaluate the untrained backbone. Collective: every rank must call."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.task.num_updates)
+        self.summary = Summary(os.path.join(self.folder, 'summary.csv'), self.epoch)
+        if self.process.primary:
+            with atomic_write(os.path.join(self.folder, 'args.yaml')) as file:
+                yaml.safe_dump(self.given, file, default_flow_style=None, sort_keys=False)
+            self.boards = Boards(self.folder, self.given, self.settings.log_wandb, self.settings.log_tensorboard)
+        if self.monitor is not None:
+            self.knn_pixels = self.monitor.pixels()
+            if self.epoch == self.batch == 0:
+                self.knn = self.knn_before = self.monitor(self.task.student.backbone)
+            if self.process.primary:
+                before = '' if self.knn_before is None else f', backbone before training {self.knn_before:.2f} %'
+                _logger.info(f'kNN top-1: raw pixels {self.knn_pixels:.2f} %{before}')
+        self.saver.progress = dict(
+            epoch=0, batch=0, knn=self.knn, knn_before=self.knn_before, order=self.order,
+            bank_size=self.settings.bank_size)
+        self.stop.defer()
+
+    def epochs_left(self) -> Iterator[int]:
+        """Epochs from where the run stands, until the last one or a request to stop."""
+        first = self.epoch
+        while self.finished and self.epoch < self.settings.epochs:
+            if self.epoch > first and self.stop.agreed(self.process.device):
+                self._stop()
+                return
+            yield self.epoch
+
+    # ---- steps
+
+    def steps(self, epoch: int) -> Iterator[Step]:
+        """Batches of an epoch from where the run stands."""
+        count, accum = len(self.loader), self.settings.grad_accum_steps
+        self.loader.set_epoch(epoch, self.batch)
+        self.progress = Progress(
+            epoch, self.settings.epochs, self.batch, count, self.settings.batch_size * self.process.world_size,
+            silent=not self.process.primary)
+        for i, (batch, views) in enumerate(self.to_device.prefetch(self.loader), start=self.batch):
+            self._note_unreadable(batch.unreadable)
+            # The model's own randomness (dropout, stochastic depth) is a function of step and rank: a resumed run draws
+            # what the uninterrupted one would have drawn.
+            torch.manual_seed(hash((self.settings.seed, epoch * count + i, self.process.rank)))
+            group_start = i // accum * accum
+            group_size = min(accum, count - group_start)
+            update = i + 1 == group_start + group_size
+            logged = (i + 1) % self.settings.log_interval == 0 or i + 1 == count
+            yield Step(i, views, batch.target, group_size, update, logged)
+
+    def record(self, step: Step, result: Dict[str, torch.Tensor]) -> bool:
+        """Count a step: averages, progress, recovery checkpoint; False where the run must end now."""
+        self.meter.update(result)
+        self.batch = step.batch + 1
+        self.progress.bar.update()
+        if step.logged:
+            if not self._finite():
+                return False
+            self.progress.report(
+                self.batch, self.meter.read()['loss'], self.optimizer.param_groups[0]['lr'], self.knn)
+        if not step.update or self.batch == len(self.loader):
+            return True
+        if self.stop.due(self.settings.log_interval) and self.stop.agreed(self.process.device):
+            if self._save_recovery():
+                self._stop()
+            return False
+        if self.settings.recovery_interval and self.batch % self.settings.recovery_interval < step.group_size:
+            return self._save_recovery()
+        return True
+
+    def _note_unreadable(self, names: List[str]) -> None:
+        for name in names:
+            if name not in self.unreadable:
+                self.unreadable.add(name)
+                _logger.warning(f'Unreadable image skipped: {name} ({len(self.unreadable)} so far)')
+
+    def _finite(self) -> bool:
+        """Whether the mean loss is; if not, the run ends. Collective: every rank must call."""
+        if math.isfinite(self.meter.read()['loss']):
+            return True
+        _logger.error(
+            f'The loss is not finite in epoch {self.epoch}: stopped. The last good state is in {self.folder}; a lower '
+            f'learning rate, gradient clipping or bfloat16 in place of float16 may help.')
+        self.finished, self.exit_code = False, 1
+        return False
+
+    def _save_recovery(self) -> bool:
+        if not self._finite():  # never replace a good checkpoint by a broken state
+            return False
+        if self.process.primary:
+            self.saver.progress.update(
+                epoch=self.epoch, batch=self.batch, knn=self.knn, meter=self.meter.state_dict())
+            self.saver.save_recovery(self.epoch, self.batch)
+        return True
+
+    def _stop(self) -> None:
+        self.finished, self.exit_code = False, 128 + self.stop.signum
+
+    # ---- ends
+
+    def end_epoch(self) -> None:
+        """Evaluate, write the epoch's row, checkpoint and export. Collective: every rank must call."""
+        self.progress.bar.close()
+        if not self.finished:
+            return
+        rate = self.progress.images_per_second(self.batch)
+        means = relation_columns(self.meter.read())
+        epoch, last = self.epoch, self.epoch + 1 == self.settings.epochs
+        knn = None
+        if self.monitor is not None and (last or (epoch + 1) % self.settings.knn_interval == 0):
+            knn = self.monitor(self.task.student.backbone)
+            self.knn = self.knn if knn is None else knn
+        self.epoch, self.batch, self.meter = epoch + 1, 0, Meter()
+        if not self.process.primary:
+            return
+        row = self._row(epoch, means, rate, knn)
+        if epoch + 1 > max(self.settings.warmup_epochs, self.settings.contrast_warmup_epochs):
+            warn_if_collapsed(row, self.settings.bank_size)
+        self.summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
+        self.saver.progress.update(epoch=epoch + 1, batch=0, knn=self.knn, meter=None)
+        self.saver.save_checkpoint(epoch, metric=knn)
+        if not last:  # the export of a run that is killed is as new as its checkpoint
+            self._export()
+        averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
+        _logger.info(f"epoch {epoch}: {averages}{'' if knn is None else f', kNN {knn:.2f} %'}")
+        self.boards.log(row)
+
+    def _row(self, epoch: int, means: Dict[str, float], rate: float, knn: Optional[float]) -> Dict[str, Any]:
+        """Row of `summary.csv`."""
+        row = {'epoch': epoch, **{f'train_{k}': v for k, v in means.items()}, 'train_images_per_s': round(rate, 1)}
+        if math.isfinite(memory := peak_memory(self.process.device)):
+            row['train_peak_memory_mib'] = round(memory)
+        if knn is not None:
+            row['eval_knn'] = round(knn, 3)
+        row['lr'] = self.optimizer.param_groups[0]['lr']
+        return row
+
+    def _export(self) -> None:
+        method = 'cgh_{0.context}' if self.settings.method == 'cgh' else '{0.method}'
+        export_run(self.folder, self.backbone, self.data_config, method.format(self.settings), self.summary.rows)
+
+    def finish(self) -> int:
+        """Write the export and the plots, log what the run left; returns the exit code.
+
+        Collective: every rank must call.
+        """
+        if self.exit_code == 1:
+            return self.exit_code
+        unreadable = set().union(*all_gather_objects(self.unreadable))
+        if not self.process.primary:
+            return self.exit_code
+        self._export()
+        baselines = {'untrained': self.knn_before, 'raw pixels': self.knn_pixels}
+        selection = None if self.tracker is None else self.tracker.selection
+        write_plots(self.folder, self.task, self.summary.rows, baselines, selection)
+        if not self.finished:
+            _logger.info(f'Stopped by {self.stop.name}; the state is saved, --resume auto continues {self.folder}')
+        elif None not in (self.knn, self.knn_before, self.knn_pixels):
+            _logger.info(
+                f'kNN top-1: {self.knn_before:.2f} % before, {self.knn:.2f} % after training; raw pixels '
+                f'{self.knn_pixels:.2f} %')
+        if unreadable:
+            _logger.warning(f'{len(unreadable)} unreadable images were skipped')
+        _logger.info(f"Files in {self.folder}: {', '.join(list_files(self.folder))}")
+        export = os.path.join(self.folder, 'export')
+        _logger.info(f"Load the backbone: timm.create_model('local-dir:{export}', pretrained=True)")
+        return self.exit_code

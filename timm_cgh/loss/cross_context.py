@@ -26,8 +26,9 @@ class CrossContextLoss(nn.Module):
     With w the progress of the warm-up in [0, 1], loss = w * relation_weight * (sum of the relation terms)
     + (1 - w) * (sum of InfoNCE over the contexts in use).
 
-    With multi-crop the full-size crop enters every term, the smaller ones those of the student's global context
-    (global-hypercolumn alignment for `cross`), which are averaged over all crops.
+    With multi-crop the relation terms of the student's global context (global-hypercolumn alignment for `cross`) are
+    averaged over all crops; the terms of its hypercolumn and InfoNCE see the full-size crop alone, as in the authors'
+    code.
 
     Args:
         context: one of `cross`, `same`, `global`
@@ -116,7 +117,8 @@ class CrossContextLoss(nn.Module):
         loss = progress * self.relation_weight * sum(terms)
         if progress < 1:
             contrast = sum(
-                info_nce(as_student[c][0], as_teacher[c][0], as_student[c][1], self.contrast_temp) for c in as_student)
+                info_nce(z if z.ndim == 2 else z[0], as_teacher[context][0], bank, self.contrast_temp)
+                for context, (z, bank, _) in as_student.items())
             loss = loss + (1 - progress) * contrast
             result['loss_nce'] = contrast.detach()
         return {'loss': loss, **result}

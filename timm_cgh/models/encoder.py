@@ -22,6 +22,11 @@ class Contexts(NamedTuple):
     hyper_embed: Optional[torch.Tensor] = None
 
 
+def _unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """L2-normalised rows in float32, whatever autocast says; in float64 for a model in float64."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+
+
 def default_out_indices(reductions: Sequence[int]) -> Tuple[int, ...]:
     """Default stages of the hypercolumn: the last two (Sec. 4.1.1).
 
@@ -148,9 +153,9 @@ class ContextEncoder(nn.Module):
             contexts.update(zip(numbers, context.split(batch)))
             if maps and self.hypercolumn is not None:
                 hyper = self.hyper_predictor(self.hyper_projector(self.hypercolumn([m[:batch] for m in maps])))
-                hyper = F.normalize(hyper.float(), dim=1)
+                hyper = _unit_rows(hyper)
         context = torch.cat([contexts[i] for i in range(len(views))]) if crops else contexts[0]
-        global_embed = F.normalize(self.predictor(self.projector(context)).float(), dim=1)
+        global_embed = _unit_rows(self.predictor(self.projector(context)))
         if crops:
             global_embed = global_embed.unflatten(0, (len(views), batch))
         return Contexts(global_embed, hyper)

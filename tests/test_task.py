@@ -102,15 +102,26 @@ def test_teacher_moves_by_one_minus_momentum():
     assert task.num_updates == 7
 
 
+def test_only_the_backbones_batch_norm_is_split():
+    task = small_task(bn_splits=4, predictor=True)
+    for encoder in (task.student, task.teacher):
+        assert type(encoder.backbone.bn1).__name__.startswith('Split')
+        assert type(encoder.hypercolumn.norm) is nn.BatchNorm2d
+    assert type(task.student.predictor[1]) is nn.BatchNorm1d
+
+
 def test_split_batch_norm_sees_the_teachers_images_in_another_order_and_gives_them_back_in_theirs():
     images = views(8)
     weak = images[0].clone()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     task, plain = small_task(bn_splits=4), small_task()
     split = task._teach(weak)[0]
-    parts = [plain.teacher(weak[order[i:i + 2]]) for i in range(0, 8, 2)]
-    for context, found in zip(split._fields, split):
-        torch.testing.assert_close(found[order], torch.cat([getattr(part, context) for part in parts]))
+    parts = [plain.teacher.forward_contexts(weak[order[i:i + 2]]) for i in range(0, 8, 2)]
+    pooled, maps = torch.cat([part[0] for part in parts]), [torch.cat(m) for m in zip(*(part[1] for part in parts))]
+    teacher = plain.teacher
+    expected = teacher.projector(pooled), teacher.hyper_projector(teacher.hypercolumn(maps))
+    for found, context in zip(split, expected):
+        torch.testing.assert_close(found[order], nn.functional.normalize(context, dim=1))
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(plain.teacher(weak), split))
     task(images)['loss'].backward()
     assert all(p.grad is not None for p in task.student.parameters())

@@ -39,8 +39,9 @@ class CGHTask(MomentumTask):
         contrast_warmup: optimiser updates over which the relation loss replaces InfoNCE, 0 for none
         shuffle_bn: in several processes, shuffle the teacher's batch across them (MoCo's ShuffleBN), so that batch
             statistics do not reveal which images share a batch
-        bn_splits: take batch statistics over this many parts of the batch, the teacher's in shuffled order: the same
-            effect in a single process (the authors' code uses 8)
+        bn_splits: take the backbone's batch statistics over this many parts of the batch, the teacher's in shuffled
+            order: the same effect in a single process (the authors' code uses 8); hypercolumn and heads use the whole
+            batch
         bank_labels: store the labels given to `forward` in the banks, for its `observe`; the loss never uses them
         device, dtype, verbose: see `timm.task.TrainingTask`
 
@@ -75,7 +76,7 @@ class CGHTask(MomentumTask):
             teacher.hyper_predictor = nn.Identity()
         if bn_splits != 1:
             for encoder in (student, teacher):
-                split_batch_norm(encoder, bn_splits)
+                split_batch_norm(encoder.backbone, bn_splits)
         super().__init__(student, teacher, momentum, device=device, dtype=dtype, verbose=verbose)
         self.loss = loss
         names = ('global', 'hyper') if loss.uses_hypercolumn else ('global',)

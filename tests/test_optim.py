@@ -1,8 +1,10 @@
-"""What torch's fused optimisers need to be safe."""
+"""Loading the state of optimisers, and what torch's fused ones need to be safe."""
 import copy
+import warnings
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 
 from timm_cgh.optim import fill_momentum, load_optimizer
 
@@ -101,3 +103,62 @@ def test_the_state_of_another_optimiser_is_refused(there, here):
     saved.step()
     with pytest.raises(ValueError, match='another optimiser'):
         load_optimizer(here([parameter], lr=0.1), saved.state_dict())
+
+
+def train_steps(model, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        torch.manual_seed(step)  # some optimisers draw numbers
+        model(torch.randn(4, 3, 6, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def usable(name):
+    """Optimisers that train.py can use: apex's need the package, a few need closures or second derivatives."""
+    return not name.startswith(('fused', 'bnb', 'adahessian', 'kron'))
+
+
+@pytest.mark.parametrize('name', [name for name in list_optimizers() if usable(name)]
+                         + ['lookahead_momentum', 'lookahead_adamw'])
+def test_every_timm_optimiser_continues_exactly_after_a_resume(name):
+    def create():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 8))
+        return model, create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model, optimizer = create()
+        train_steps(model, optimizer, range(8))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        train_steps(model, optimizer, range(8, 12))
+        resumed, other = create()
+        resumed.load_state_dict(saved[0])
+        load_optimizer(other, saved[1])
+        train_steps(resumed, other, range(8, 12))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize('optimizer', [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize('damage', ['shape', 'missing', 'extra', 'number'])
+def test_state_that_a_fused_kernel_would_read_out_of_bounds_is_refused(optimizer, damage):
+    parameter = torch.nn.Parameter(torch.zeros(8, 8))
+    parameter.grad = torch.ones(8, 8)
+    options = dict(momentum=0.9) if optimizer is torch.optim.SGD else {}
+    saved = optimizer([parameter], lr=0.1, fused=True, **options)
+    saved.step()
+    state = copy.deepcopy(saved.state_dict())
+    values = state['state'][0]
+    name = 'momentum_buffer' if optimizer is torch.optim.SGD else 'exp_avg'
+    if damage == 'missing':
+        if optimizer is torch.optim.SGD:
+            pytest.skip('a missing momentum is 0')
+        del values[name]
+    elif damage == 'extra':
+        values['surplus'] = torch.zeros(8, 8)
+    else:
+        values[name] = dict(shape=torch.zeros(2), number=1.0)[damage]
+    with pytest.raises(ValueError, match='surplus' if damage == 'extra' else 'exp_avg|momentum_buffer|step'):
+        load_optimizer(optimizer([parameter], lr=0.1, fused=True, **options), state)

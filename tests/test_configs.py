@@ -61,6 +61,14 @@ def test_recipes_of_the_paper_name_its_table_and_hold_its_numbers(name):
     assert args.epochs == int(re.search(r'[24]00', name)[0]) and args.predictor == ('pred' in name)
     assert (args.multi_crop == [224, 192, 160, 128, 96]) == ('multicrop' in name)
     assert set(yaml.safe_load(text)) <= {action.dest for action in train.parser._actions}
+    # as in the authors' code: plain ResNets, initialised as torchvision does
+    assert args.model in ('resnet18', 'resnet50') and args.model_kwargs == {'zero_init_last': False}
+
+
+def test_moco_has_its_own_settings():
+    args = settings('moco_v2.yaml')
+    assert (args.method, args.hidden_dim, args.embed_dim, args.bank_size) == ('moco', 2048, 128, 65536)
+    assert (args.lr, args.warmup_epochs, args.contrast_warmup_epochs, args.contrast_temp) == (0.03, 0, 0, 0.2)
 
 
 def test_the_cifar10_recipe_trains(tmp_path):

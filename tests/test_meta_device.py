@@ -38,7 +38,8 @@ def autocast_takes_meta(monkeypatch):
 def test_the_step_reads_no_value_and_mixes_no_devices(options):
     crops = options.pop('crops', False)
     task = create_task('resnet10t', bank_size=64, hidden_dim=32, embed_dim=16, **options).to(META)
-    optimizer = build_optimizer(task.student, True, opt='momentum', lr=0.1, momentum=0.9, weight_decay=1e-4, fused=False)
+    optimizer = build_optimizer(task.student, True, opt='momentum', lr=0.1, momentum=0.9, weight_decay=1e-4,
+                                fused=False)
     sizes = [32, 32, 24, 16] if crops else [32, 32]
     for _ in range(2):
         views = [torch.empty(8, 3, size, size, device=META) for size in sizes]

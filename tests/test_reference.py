@@ -21,7 +21,8 @@ TAU = dict(student=0.1, teacher=0.04, hyper=0.08, contrast=0.2)
 
 def build(predictor, norm=nn.BatchNorm2d):
     torch.manual_seed(0)
-    task = create_task('test_resnet', bank_size=BANK, momentum=MOMENTUM, contrast_warmup=WARMUP, hidden_dim=16, embed_dim=8,
+    task = create_task('test_resnet', bank_size=BANK, momentum=MOMENTUM, contrast_warmup=WARMUP, hidden_dim=16,
+                       embed_dim=8,
                        predictor=predictor, hyper_norm_layer=norm)
     return task.double()
 

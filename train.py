@@ -23,9 +23,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.arguments import Parser, arguments_of, at_least_one, fraction, natural, non_negative, positive
 from timm_cgh.data import (
     ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_knn_datasets)
+from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.distributed import end_process, init_process
 from timm_cgh.eval.features import FeatureExtractor
-from timm_cgh.files import make_folder
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import resolve_data_config
 from timm_cgh.task import BASELINES
@@ -34,7 +34,7 @@ from timm_cgh.train.build import (
     build_backbone, build_optimizer, build_scheduler, build_task, build_tracker, check_views)
 from timm_cgh.train.monitor import KnnMonitor
 from timm_cgh.train.outputs import describe_run
-from timm_cgh.train.resume import check_ranks_agree, find_run
+from timm_cgh.train.resume import check_ranks_agree, claim_folder, find_run
 from timm_cgh.train.run import Run
 from timm_cgh.train.settings import choose_views, settle, task_options
 from timm_cgh.train.stop import StopRequest
@@ -281,7 +281,8 @@ def prepare_optimization(args, task, steps, process):
 def main(argv=None):
     args = parse(argv)
     given = dict(vars(args))
-    with StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
         process = start_process(args)
         dataset = open_dataset(
             **arguments_of(open_dataset, args), split=args.train_split, is_training=True)
@@ -302,7 +303,7 @@ def main(argv=None):
         monitor = build_monitor(args, dataset, data_config, process)
         optimizer, scheduler, scaler = prepare_optimization(args, task, len(loader), process)
 
-        make_folder(folder, 'output', args.output)
+        folder = stack.enter_context(claim_folder(folder, args.output, bool(args.experiment), point, process))
         run = Run(
             given=given,
             settings=args,
@@ -317,6 +318,7 @@ def main(argv=None):
             scheduler=scheduler,
             scaler=scaler,
             data_config=data_config,
+            fingerprint=fingerprint(dataset),
             monitor=monitor,
             tracker=tracker,
         )

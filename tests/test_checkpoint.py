@@ -1,13 +1,18 @@
 import os
+import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from timm_cgh import create_task
+from timm_cgh.distributed import Process
+from timm_cgh.errors import InputError
 from timm_cgh.files import Summary
 from timm_cgh.train.checkpoint import RunSaver, read_checkpoint
 from timm_cgh.train.meter import Meter
-from timm_cgh.train.resume import find_checkpoint
+from timm_cgh.train.resume import claim_folder, find_checkpoint
 
 
 def create_saver(task, optimizer, folder):
@@ -132,3 +137,158 @@ def test_summary_drops_the_rows_that_a_resumed_run_writes_again(tmp_path):
     summary = Summary(path, start_epoch=2)
     summary.add({'epoch': 2, 'train_loss': 0.5, 'eval_knn': 90.0})
     assert (tmp_path / 'summary.csv').read_text() == 'epoch,train_loss,eval_knn\n0,1.5,\n1,1.5,\n2,0.5,90.0\n'
+
+
+def test_a_ranking_from_elsewhere_deletes_no_file_outside_the_folder(saver, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name in ('precious.txt', 'checkpoint-9.pth.tar'):
+        (tmp_path / name).write_text('mine')
+    (folder / 'notes.txt').write_text('mine')
+    saver.checkpoint_dir = saver.recovery_dir = str(folder)
+    saver.save_checkpoint(0, metric=50.0)
+    state = read_checkpoint(str(folder / 'last.pth.tar'))
+    names = ['../precious.txt', '../checkpoint-9.pth.tar', str(tmp_path / 'precious.txt'), 'notes.txt', 'last.pth.tar']
+    state['saver']['checkpoint_files'] = [(name, 1.0) for name in names]
+    again = create_saver(saver.run_task, saver.optimizer, folder)
+    again.restore(state, str(folder / 'last.pth.tar'), rewind=False)
+    for epoch in range(1, 4):
+        again.progress = dict(epoch=epoch + 1, batch=0)
+        again.save_checkpoint(epoch, metric=50.0 + epoch)
+    assert {path.name for path in tmp_path.iterdir()} == {'run', 'precious.txt', 'checkpoint-9.pth.tar'}
+    assert (folder / 'notes.txt').exists() and (folder / 'last.pth.tar').exists()
+
+
+def test_an_older_checkpoint_serves_where_the_last_one_is_broken(saver, tmp_path):
+    for epoch in range(2):
+        saver.progress = dict(epoch=epoch + 1, batch=0)
+        saver.save_checkpoint(epoch, metric=50.0)
+    os.unlink(tmp_path / 'last.pth.tar')  # or the hard link to it would be broken as well
+    (tmp_path / 'last.pth.tar').write_bytes(b'torn')
+    point = find_checkpoint(str(tmp_path))
+    assert point.path.endswith('checkpoint-0.pth.tar') and point.progress['epoch'] == 1
+
+
+def test_checkpoints_that_are_all_broken_are_refused_not_overwritten(tmp_path):
+    (tmp_path / 'last.pth.tar').write_bytes(b'torn')
+    with pytest.raises(InputError, match=r'last\.pth\.tar: not a readable'):
+        find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize('name,value', [
+    ('epoch', -5), ('epoch', 1e30), ('batch', 'x'), ('batch', None), ('epoch', True)])
+def test_a_position_that_no_run_has_is_refused(saver, tmp_path, name, value):
+    saver.progress = {**dict(epoch=1, batch=0), name: value}
+    saver.save_checkpoint(0)
+    with pytest.raises(InputError, match=f'last.pth.tar: broken, its {name} is'):
+        read_checkpoint(str(tmp_path / 'last.pth.tar'))
+
+
+def test_a_checkpoint_that_a_kill_prevented_is_made_at_the_resume(saver, tmp_path):
+    for epoch, metric in ((0, 50.0), (1, 60.0)):
+        shutil.rmtree(tmp_path / 'kept', ignore_errors=True)
+        (tmp_path / 'kept').mkdir()
+        for path in tmp_path.glob('*.pth.tar'):
+            shutil.copy(path, tmp_path / 'kept')
+        saver.progress = dict(epoch=epoch + 1, batch=0)
+        saver.save_checkpoint(epoch, metric=metric)
+    whole = sorted(path.name for path in tmp_path.glob('*.pth.tar'))
+    killed = tmp_path / 'kept'  # after the rename of `last`, before the others
+    shutil.copy(tmp_path / 'last.pth.tar', killed)
+    again = create_saver(saver.run_task, saver.optimizer, killed)
+    again.restore(read_checkpoint(str(killed / 'last.pth.tar')), str(killed / 'last.pth.tar'), rewind=False)
+    assert sorted(path.name for path in killed.glob('*.pth.tar')) == whole
+    assert read_checkpoint(str(killed / 'model_best.pth.tar'))['progress']['epoch'] == 2
+
+
+@pytest.mark.parametrize('error', [
+    OSError(28, 'No space left on device'),
+    RuntimeError('[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3'),
+])
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(saver, tmp_path, monkeypatch, error):
+    saver.save_checkpoint(0)
+    before = (tmp_path / 'last.pth.tar').read_bytes()
+
+    def half(state, path):
+        with open(path, 'wb') as file:
+            file.write(b'half')
+        raise error
+
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(InputError, match=r'last good checkpoint is .*last\.pth\.tar'):
+        saver.save_checkpoint(1)
+    assert (tmp_path / 'last.pth.tar').read_bytes() == before and not (tmp_path / 'tmp.pth.tar').exists()
+
+
+def test_a_bug_in_saving_keeps_its_traceback(saver, monkeypatch):
+    def broken(state, path):
+        raise RuntimeError('something else')
+
+    monkeypatch.setattr(torch, 'save', broken)
+    with pytest.raises(RuntimeError, match='something else'):
+        saver.save_checkpoint(0)
+
+
+def meter_rank(rank, folder):
+    dist.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    meter, resumed = Meter(), Meter()
+    for step in range(4):
+        if step == 2:
+            resumed.load_state_dict(meter.state_dict(), torch.device('cpu'))
+        for each in (meter, resumed) if step >= 2 else (meter,):
+            each.update({'loss': torch.tensor(float(10 * rank + step))})
+    assert meter.read() == resumed.read() == {'loss': 6.5}
+    dist.destroy_process_group()
+
+
+def test_the_averages_of_several_processes_survive_a_resume_in_the_middle_of_an_epoch(tmp_path):
+    mp.spawn(meter_rank, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize('state', [
+    {},
+    {'sums': [(['loss'], torch.zeros(2))], 'counts': [(['loss'], 1)]},
+    {'sums': [(['loss'], torch.zeros(1))], 'counts': []},
+    {'sums': [(['loss'], torch.zeros(1))], 'counts': [(['loss'], 'x')]},
+])
+def test_a_broken_meter_is_refused(state):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        Meter().load_state_dict(state, torch.device('cpu'))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    with claim_folder(str(tmp_path / 'run'), str(tmp_path), True, None, Process()) as folder:
+        (tmp_path / 'run' / '.args.yaml.123.tmp').touch()
+        with pytest.raises(InputError, match='experiment=run: another process is training'), \
+                claim_folder(folder, str(tmp_path), True, None, Process()):
+            pass
+        assert (tmp_path / 'run' / '.args.yaml.123.tmp').exists()  # it may be the other's
+    with claim_folder(folder, str(tmp_path), True, None, Process()):
+        assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['.lock']
+    assert not list((tmp_path / 'run').iterdir())
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path):
+    name = str(tmp_path / 'new' / '20240101-120000-resnet50-224')
+    with claim_folder(name, str(tmp_path / 'new'), False, None, Process()) as first, \
+            claim_folder(name, str(tmp_path / 'new'), False, None, Process()) as second:
+        assert (first, second) == (name, f'{name}-2')
+
+
+def test_a_run_that_was_finished_meanwhile_is_not_overwritten(saver, tmp_path):
+    saver.save_checkpoint(0)
+    with pytest.raises(InputError, match='holds a run'), \
+            claim_folder(str(tmp_path), str(tmp_path.parent), True, None, Process()):
+        pass
+
+
+@pytest.mark.parametrize('name', ['run[1]', 'a*b', '[ab]', 'what?'])
+def test_checkpoints_are_found_in_folders_of_any_name(saver, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    saver.checkpoint_dir = saver.recovery_dir = str(folder)
+    saver.progress = dict(epoch=0, batch=7)
+    saver.save_recovery(0, 7)
+    assert find_checkpoint(str(folder)).path == str(folder / 'recovery-0-7.pth.tar')
+    saver.save_checkpoint(0)
+    assert sorted(path.name for path in folder.iterdir()) == ['checkpoint-0.pth.tar', 'last.pth.tar']

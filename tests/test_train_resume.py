@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from conftest import REPOSITORY
 from script_runner import ENV
@@ -129,3 +130,24 @@ def test_a_run_is_not_overwritten_and_a_checkpoint_of_another_model_is_refused(t
     check_refused(capsys, [*other, '--embed-dim', 16], '--resume')
     check_refused(capsys, [*other, '--context', 'global'], '--resume')
     assert before == {p: p.read_bytes() for p in (tmp_path / 'run').rglob('*') if p.is_file()}
+
+
+def test_other_images_than_before_the_kill_start_the_epoch_over(tmp_path):
+    args = [*TINY, '--data-dir', tmp_path / 'images', '--output', tmp_path, '--experiment', 'run', '--knn-interval', 0]
+    make_images(tmp_path / 'images')
+    check_ok(train(*args, '--epochs', 1, '--recovery-interval', 1))
+    state = torch.load(tmp_path / 'run' / 'last.pth.tar')  # torch's defaults read it: no objects inside
+    state['progress'].update(epoch=0, batch=2, meter=dict(sums=[], counts=[]))
+    (tmp_path / 'run' / 'last.pth.tar').unlink()
+    torch.save(state, tmp_path / 'run' / 'recovery-0-2.pth.tar')
+    cats = tmp_path / 'images' / 'cat'
+    (cats / '000.jpg').rename(cats / 'new.jpg')  # as many images, in another order
+    text = check_ok(train(*args, '--epochs', 1, '--resume', 'auto'))
+    assert 'saved with another order of the images: epoch 0 starts over' in text
+
+
+def test_resuming_a_finished_run_says_that_it_is(tmp_path, images):
+    args = [*TINY, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--knn-interval', 0, '--epochs',
+            1]
+    check_ok(train(*args))
+    assert 'This run is finished: it has all of its 1 epochs' in check_ok(train(*args, '--resume', 'auto'))

@@ -1,12 +1,14 @@
 """Checkpoints of a run under timm's file names, whole at any moment, with the position in the run."""
+import contextlib
 import glob
 import os
+import re
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from timm.utils import CheckpointSaver
 from timm.utils.model import unwrap_model
 
-from timm_cgh.errors import InputError
+from timm_cgh.errors import InputError, reason
 from timm_cgh.models.checkpoints import read_file
 from timm_cgh.task import MomentumTask
 
@@ -29,9 +31,13 @@ def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
         state = read_portable(path)
     else:
         state = read_file(path, 'resume', mmap=mmap)
-    if 'task_state' not in state or 'progress' not in state:
+    if not isinstance(state.get('task_state'), dict) or not isinstance(state.get('progress'), dict):
         raise InputError(
             f'resume={path}: not a checkpoint of a pre-training run (weights alone: `initial_checkpoint`)')
+    progress = state['progress']
+    for name in ('epoch', 'batch'):
+        if type(progress.get(name)) is not int or not 0 <= progress[name] < 2 ** 40:
+            raise InputError(f'resume={path}: broken, its {name} is {progress.get(name)!r}')
     return state
 
 
@@ -68,7 +74,32 @@ class RunSaver(CheckpointSaver):
         # a plain dictionary: torch.load's default refuses the Namespace that timm would store
         return {**state, 'arch': self.options['model'], 'args': self.options, 'progress': self.progress}
 
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        # a name from somebody else's checkpoint must not lead to other files, which the ranking would delete
+        files = [
+            (name, metric) for name, metric in state_dict.get('checkpoint_files', [])
+            if re.fullmatch(rf'{self.save_prefix}-\d+{re.escape(self.extension)}', name)]
+        super().load_state_dict({**state_dict, 'checkpoint_files': files})
+
+    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
+        try:
+            super()._save(save_path, epoch, metric)
+        except (OSError, RuntimeError) as error:
+            # torch.save raises a RuntimeError of its writer where the disk is full
+            if not isinstance(error, OSError) and 'PytorchStreamWriter' not in str(error):
+                raise
+            with contextlib.suppress(OSError):
+                os.unlink(save_path)
+            there = [name for name in ('last', 'model_best') if os.path.exists(self._path(name))]
+            kept = f'the last good checkpoint is {self._path(there[0])}' if there else 'there is no checkpoint yet'
+            raise InputError(f'output: cannot write {save_path} ({reason(error, 120)}); {kept}') from error
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.checkpoint_dir, name + self.extension)
+
     def _replace(self, src: str, dst: str) -> None:
+        with open(src, 'rb') as file:
+            os.fsync(file.fileno())  # before the old file is gone: a power cut must not leave an empty one
         os.replace(src, dst)  # timm unlinks dst first: a kill between the two would leave no checkpoint
 
     def _duplicate(self, src: str, dst: str) -> None:
@@ -102,16 +133,20 @@ class RunSaver(CheckpointSaver):
             return
         epoch, metric = saver['pending']
         self.load_state_dict(saver)
-        if rewind:
-            self._duplicate(path, os.path.join(self.checkpoint_dir, 'last' + self.extension))
+        if rewind or not os.path.exists(self._path('last')):
+            self._duplicate(path, self._path('last'))
             self._remove_recovery(keep=path)  # other processes may still read it
-        if metric is None:
+        if state['progress']['batch']:
             return
-        # the run was killed between the renames of `last` and `model_best`: make up for the second
-        if self.best_metric is None or self.cmp(metric, self.best_metric):
-            self.best_epoch, self.best_metric = epoch, metric
-        if self.best_epoch == epoch and state['progress']['batch'] == 0:
-            self._duplicate(path, os.path.join(self.checkpoint_dir, 'model_best' + self.extension))
+        # where the run was killed after the rename of `last`, make up for those of `checkpoint-N` and `model_best`
+        worst = self.checkpoint_files[-1][1] if len(self.checkpoint_files) >= self.max_history else None
+        if not os.path.exists(self._checkpoint_path(epoch)) and (
+                worst is None or (metric is not None and self.cmp(metric, worst))):
+            self._cleanup_checkpoints(1)
+            self._duplicate(path, self._checkpoint_path(epoch))
+            self._track_checkpoint(self._checkpoint_path(epoch), epoch, metric, update_best_file=False)
+        if metric is not None and self.best_epoch == epoch:
+            self._duplicate(path, self._path('model_best'))
 
     def _remove_recovery(self, keep: str = '') -> None:
         for path in self.recovery_files():

@@ -1,8 +1,10 @@
 """Running averages of a step's scalars, without waiting for the device."""
-from typing import Dict, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.distributed as dist
+
+from timm_cgh.distributed import is_distributed
 
 __all__ = ['Meter']
 
@@ -25,24 +27,37 @@ class Meter:
         self.sums[names] = self.sums[names] + values if names in self.sums else values
         self.counts[names] = self.counts.get(names, 0) + 1
 
+    def _averaged_sums(self) -> Dict[Tuple[str, ...], torch.Tensor]:
+        """The sums, averaged over the processes. Collective: every rank must call."""
+        if not is_distributed():
+            return self.sums
+        averaged = {names: sums.clone() for names, sums in self.sums.items()}
+        for sums in averaged.values():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        return averaged
+
     def read(self) -> Dict[str, float]:
-        """name -> mean over steps and processes; waits for the device. In DDP, every process must call."""
+        """name -> mean over steps and processes; waits for the device. Collective: every rank must call."""
         totals: Dict[str, float] = {}
         steps: Dict[str, int] = {}
-        for names, sums in self.sums.items():
-            if dist.is_available() and dist.is_initialized():
-                sums = sums.clone()
-                dist.all_reduce(sums)
-                sums /= dist.get_world_size()
+        for names, sums in self._averaged_sums().items():
             for name, value in zip(names, sums.tolist()):
                 totals[name] = totals.get(name, 0.0) + value
                 steps[name] = steps.get(name, 0) + self.counts[names]
         return {name: totals[name] / steps[name] for name in totals}
 
-    def state_dict(self) -> dict:
-        return {'sums': [(list(k), v.cpu()) for k, v in self.sums.items()],
-                'counts': [(list(k), v) for k, v in self.counts.items()]}
+    def state_dict(self) -> Dict[str, Any]:
+        """Sums that every rank can continue from. Collective: every rank must call."""
+        return {'sums': [(list(names), sums.cpu()) for names, sums in self._averaged_sums().items()],
+                'counts': [(list(names), count) for names, count in self.counts.items()]}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.sums = {tuple(k): v.to(device) for k, v in state['sums']}
-        self.counts = {tuple(k): v for k, v in state['counts']}
+    def load_state_dict(self, state: Dict[str, Any], device: torch.device) -> None:
+        """
+        Raises:
+            KeyError, TypeError, ValueError: not a state of a meter
+        """
+        self.sums = {tuple(names): sums.to(device) for names, sums in state['sums']}
+        self.counts = {tuple(names): int(count) for names, count in state['counts']}
+        if self.sums.keys() != self.counts.keys() or any(s.shape != (len(names),) for names, s in self.sums.items()):
+            raise ValueError('the sums of the meter do not fit their names')

@@ -1,24 +1,29 @@
 """Where a run starts: its folder, and the checkpoint that it continues from."""
 import glob
+import itertools
 import logging
 import os
+import shutil
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from filelock import FileLock, Timeout
 from timm.utils import NativeScaler
 
-from timm_cgh.distributed import all_gather_objects, broadcast_object
+from timm_cgh.distributed import Process, all_gather_objects, broadcast_object
 from timm_cgh.download import HUB_PREFIX, fetch, split_hub_name
 from timm_cgh.errors import InputError, checking, reason
-from timm_cgh.models.backbone import timm_config
+from timm_cgh.files import make_folder
 from timm_cgh.optim import load_optimizer
 from timm_cgh.task import MomentumTask
 
 from .checkpoint import position, read_checkpoint
 from .portable import TASK_FILE
 
-__all__ = ['ResumePoint', 'check_ranks_agree', 'find_checkpoint', 'find_run', 'restore']
+__all__ = [
+    'ResumePoint', 'check_ranks_agree', 'claim_folder', 'find_checkpoint', 'find_run', 'is_within', 'restore']
 
 _logger = logging.getLogger('train')
 
@@ -34,23 +39,35 @@ class ResumePoint(NamedTuple):
         return self.state['progress']
 
 
-def _candidates(folder: str) -> List[str]:
-    paths = [os.path.join(folder, 'last.pth.tar'), *glob.glob(os.path.join(glob.escape(folder), 'recovery-*.pth.tar'))]
-    return [path for path in paths if os.path.exists(path)]
+def _files(folder: str, *patterns: str) -> List[str]:
+    return [path for pattern in patterns for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))]
 
 
 def find_checkpoint(folder: str) -> Optional[ResumePoint]:
-    """The most advanced readable checkpoint of a run's folder, `last` or a recovery file; None where there is none."""
-    best = None
-    for path in _candidates(folder):
-        try:
-            point = ResumePoint(path, read_checkpoint(path, mmap=True))
-        except InputError as error:
-            _logger.warning(f'skipped: {error}')
-            continue
-        if best is None or position(point.state) > position(best.state):
-            best = point
-    return best
+    """The most advanced checkpoint of a run's folder: `last` or a recovery file, else an older one that is readable.
+
+    Returns:
+        None where the folder has no checkpoint
+
+    Raises:
+        InputError: checkpoints, but none that can be read
+    """
+    best, broken = None, ''
+    for patterns in (('last.pth.tar', 'recovery-*.pth.tar'), ('checkpoint-*.pth.tar', 'model_best.pth.tar')):
+        for path in _files(folder, *patterns):
+            try:
+                point = ResumePoint(path, read_checkpoint(path, mmap=True))
+            except InputError as error:
+                _logger.warning(f'skipped: {error}')
+                broken = str(error)
+                continue
+            if best is None or position(point.state) > position(best.state):
+                best = point
+        if best is not None:
+            return best
+    if broken:
+        raise InputError(broken)
+    return None
 
 
 def _open_resume(resume: Optional[str], folder: str) -> Optional[ResumePoint]:
@@ -91,12 +108,95 @@ def find_run(
     name = experiment or broadcast_object(f'{datetime.now():%Y%m%d-%H%M%S}-{default_name}')
     folder = os.path.join(output, name)
     point = _open_resume(resume, folder)
-    own = resume == 'auto' or (
-        point is not None and os.path.realpath(os.path.dirname(point.path)) == os.path.realpath(folder))
-    if not own and _candidates(folder):
-        raise InputError(
-            f'experiment={name}: {folder} holds a run; continue it (`resume` auto), or choose another name')
+    if resume != 'auto' and not (point is not None and is_within(point.path, folder)):
+        _check_unused(folder)
     return folder, point
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a file lies directly in a folder."""
+    return os.path.realpath(os.path.dirname(path)) == os.path.realpath(folder)
+
+
+def _check_unused(folder: str) -> None:
+    if _files(folder, 'last.pth.tar', 'recovery-*.pth.tar'):
+        raise InputError(
+            f'experiment={os.path.basename(folder)}: {folder} holds a run; continue it (`resume` auto), or choose '
+            f'another name')
+
+
+@contextmanager
+def claim_folder(
+        folder: str,
+        output: str,
+        named: bool,
+        point: Optional[ResumePoint],
+        process: Process,
+) -> Iterator[str]:
+    """Make the run's folder and lock it against other processes while the block runs.
+
+    Collective: every rank must enter.
+
+    Args:
+        folder: of `find_run`
+        output: folder of all runs
+        named: whether the user has named the run; otherwise the folder gets a number where its name is taken
+        point: checkpoint that the run continues from
+        process: this process
+
+    Raises:
+        InputError: another process trains there, or it cannot be written
+    """
+    failure, lock = None, None
+    if process.primary:
+        try:
+            folder = _make_run_folder(folder, output, named)
+            lock = _lock(folder)
+            if point is None:
+                _check_unused(folder)  # another process may have finished a run there since `find_run`
+            _remove_litter(folder)
+        except InputError as error:
+            failure = str(error)
+    folder, failure = broadcast_object((folder, failure))
+    if failure:
+        raise InputError(failure)
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.unlink(lock.lock_file)
+            lock.release()
+
+
+def _make_run_folder(folder: str, output: str, named: bool) -> str:
+    make_folder(output, 'output', output)
+    if not named:
+        base = folder
+        for number in itertools.count(2):  # of runs that start in the same second, each makes a folder of its own
+            try:
+                os.mkdir(folder)
+                break
+            except FileExistsError:
+                folder = f'{base}-{number}'
+    make_folder(folder, 'output', output)
+    return folder
+
+
+def _lock(folder: str) -> FileLock:
+    lock = FileLock(os.path.join(folder, '.lock'))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(f'experiment={os.path.basename(folder)}: another process is training in {folder}') from error
+    except (NotImplementedError, OSError) as error:  # some network file systems
+        _logger.warning(f'{folder} cannot be locked against other processes ({reason(error)})')
+    return lock
+
+
+def _remove_litter(folder: str) -> None:
+    """Remove what a process that was killed had not finished."""
+    for path in _files(folder, '.*.tmp', '*.pth.tar.tmp', 'tmp.pth.tar', 'recovery_tmp.pth.tar', '.export-*'):
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def restore(
@@ -119,7 +219,7 @@ def restore(
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(
             f"resume={point.path}: a checkpoint of {state.get('arch')} that does not fit this run of "
-            f"{timm_config(task.student.backbone)['architecture']} ({reason(error, 160)})") from error
+            f"{task.student.backbone.pretrained_cfg['architecture']} ({reason(error, 160)})") from error
 
 
 def check_ranks_agree(point: Optional[ResumePoint]) -> None:

@@ -12,6 +12,7 @@ from timm.utils import NativeScaler
 
 from timm_cgh.data import ViewLoader, ViewsToDevice
 from timm_cgh.distributed import Process, all_gather_objects
+from timm_cgh.errors import checking
 from timm_cgh.files import Summary, atomic_write
 from timm_cgh.progress import Progress, peak_memory
 from timm_cgh.task import MomentumTask
@@ -23,7 +24,7 @@ from .checkpoint import RunSaver
 from .meter import Meter
 from .monitor import KnnMonitor
 from .outputs import export_run, list_files, warn_if_collapsed, write_plots
-from .resume import ResumePoint, restore
+from .resume import ResumePoint, is_within, restore
 from .stop import StopRequest
 
 __all__ = ['Run', 'Step']
@@ -62,6 +63,7 @@ class Run:
         stop: requests to end early
         backbone, task, loader, to_device, optimizer, scheduler, scaler: the parts of the training step
         data_config: size and normalisation of the images
+        fingerprint: of the training images
         monitor: kNN evaluation, None for none
         tracker: of the teacher's relations, None for none
     """
@@ -78,6 +80,7 @@ class Run:
     scheduler: Optional[Scheduler]
     scaler: Optional[NativeScaler]
     data_config: Dict[str, Any]
+    fingerprint: str = ''
     monitor: Optional[KnnMonitor] = None
     tracker: Optional[RelationTracker] = None
 
@@ -99,9 +102,10 @@ class Run:
         )
 
     @property
-    def order(self) -> Dict[str, int]:
+    def order(self) -> Dict[str, Any]:
         """What the order of the images depends on: within an epoch, a checkpoint is good for this order alone."""
         return dict(
+            images=self.fingerprint,
             seed=self.settings.seed,
             steps=len(self.loader),
             batch_size=self.settings.batch_size,
@@ -121,19 +125,23 @@ class Run:
             return
         restore(point, self.task, self.optimizer, self.scaler)
         progress = point.progress
-        self.epoch, self.batch, self.knn, self.knn_before = (
-            progress[name] for name in ('epoch', 'batch', 'knn', 'knn_before'))
-        if self.batch and progress['order'] != self.order:
+        self.epoch, self.batch, self.knn, self.knn_before, self.knn_pixels = (
+            progress.get(name) for name in ('epoch', 'batch', 'knn', 'knn_before', 'knn_pixels'))
+        saved = progress.get('order', {})
+        if self.batch and any(saved[name] != value for name, value in self.order.items() if name in saved):
             _logger.warning(f'{point.path} was saved with another order of the images: epoch {self.epoch} starts over')
             self.batch = 0
         # schedules depend on the position in the run, whatever number of updates an epoch had before
         updates_per_epoch = math.ceil(len(self.loader) / self.settings.grad_accum_steps)
         self.task.num_updates = self.epoch * updates_per_epoch + self.batch // self.settings.grad_accum_steps
         if self.batch:
-            self.meter.load_state_dict(progress['meter'], self.process.device)
-        if self.process.primary and os.path.realpath(os.path.dirname(point.path)) == os.path.realpath(self.folder):
+            with checking('resume', point.path, KeyError, TypeError, ValueError):
+                self.meter.load_state_dict(progress['meter'], self.process.device)
+        if self.process.primary and is_within(point.path, self.folder):
             self.saver.restore(point.state, point.path, point.rewind)
         _logger.info(f'Resumed {point.path} at epoch {self.epoch}, batch {self.batch}')
+        if self.epoch >= self.settings.epochs:
+            _logger.info(f'This run is finished: it has all of its {self.settings.epochs} epochs')
 
     def begin(self) -> None:
         """Open the run's files and evaluate the untrained backbone. Collective: every rank must call."""
@@ -145,14 +153,15 @@ class Run:
                 yaml.safe_dump(self.given, file, default_flow_style=None, sort_keys=False)
             self.boards = Boards(self.folder, self.given, self.settings.log_wandb, self.settings.log_tensorboard)
         if self.monitor is not None:
-            self.knn_pixels = self.monitor.pixels()
+            if self.knn_pixels is None:
+                self.knn_pixels = self.monitor.pixels()
             if self.epoch == self.batch == 0:
                 self.knn = self.knn_before = self.monitor(self.task.student.backbone)
             if self.process.primary:
                 before = '' if self.knn_before is None else f', backbone before training {self.knn_before:.2f} %'
                 _logger.info(f'kNN top-1: raw pixels {self.knn_pixels:.2f} %{before}')
         self.saver.progress = dict(
-            epoch=0, batch=0, knn=self.knn, knn_before=self.knn_before, order=self.order,
+            epoch=0, batch=0, knn=self.knn, knn_before=self.knn_before, knn_pixels=self.knn_pixels, order=self.order,
             bank_size=self.settings.bank_size)
         self.stop.defer()
 
@@ -215,18 +224,20 @@ class Run:
         """Whether the mean loss is; if not, the run ends. Collective: every rank must call."""
         if math.isfinite(self.meter.read()['loss']):
             return True
+        saved = any(name.endswith('.pth.tar') for name in os.listdir(self.folder))
         _logger.error(
-            f'The loss is not finite in epoch {self.epoch}: stopped. The last good state is in {self.folder}; a lower '
-            f'learning rate, gradient clipping or bfloat16 in place of float16 may help.')
+            f'The loss is not finite in epoch {self.epoch}: stopped. '
+            f"{f'The last good state is in {self.folder}' if saved else 'No state was saved yet'}; a lower learning "
+            f'rate, gradient clipping or bfloat16 in place of float16 may help.')
         self.finished, self.exit_code = False, 1
         return False
 
     def _save_recovery(self) -> bool:
         if not self._finite():  # never replace a good checkpoint by a broken state
             return False
+        meter = self.meter.state_dict()
         if self.process.primary:
-            self.saver.progress.update(
-                epoch=self.epoch, batch=self.batch, knn=self.knn, meter=self.meter.state_dict())
+            self.saver.progress.update(epoch=self.epoch, batch=self.batch, knn=self.knn, meter=meter)
             self.saver.save_recovery(self.epoch, self.batch)
         return True
 

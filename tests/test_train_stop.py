@@ -15,7 +15,8 @@ from timm_cgh.train.stop import StopRequest
 from training import TINY, check_equal_checkpoints, check_ok, command, train
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('signum', [
+    signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4,
             '--log-interval', 1,
@@ -27,6 +28,8 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
         lines.append(line)
         if 'epoch 1 [5/' in line:
             os.killpg(process.pid, signum)  # data workers included, as a terminal and a scheduler do it
+            if signum == signal.SIGTERM:
+                os.killpg(process.pid, signum)  # and torchrun relays it
             break
     lines.extend(process.stdout)
     text = ''.join(lines)
@@ -37,6 +40,20 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     assert re.search(r'Resumed .*recovery-1-\d+\.pth\.tar at epoch 1, batch \d+', text)
     check_ok(train(*args, '--experiment', 'whole'))
     check_equal_checkpoints(tmp_path / 'whole', tmp_path / 'run')
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_ends_in_one_line(tmp_path, signum):
+    process = subprocess.Popen(
+        command(*TINY, '--dataset', 'digits', '--in-chans', 1, '--epochs', 4, '--output', tmp_path), env=ENV,
+        cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if 'batches of' in line:  # the first kNN evaluation follows
+            os.killpg(process.pid, signum)
+    assert process.wait(60) == 128 + signum
+    assert lines[-1] == f'Stopped by {signum.name} before training began\n' and 'Traceback' not in ''.join(lines)
 
 
 def test_a_signal_during_the_exchange_among_processes_is_not_lost(monkeypatch):

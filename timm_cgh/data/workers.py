@@ -10,7 +10,7 @@ import torch
 
 __all__ = ['iterate', 'signals_blocked', 'start_worker']
 
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_STOP_SIGNALS = {getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)}
 _CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
 
 _workers: 'weakref.WeakSet[multiprocessing.process.BaseProcess]' = weakref.WeakSet()
@@ -18,24 +18,20 @@ _workers: 'weakref.WeakSet[multiprocessing.process.BaseProcess]' = weakref.WeakS
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill the workers that an error has left: they ignore the one SIGTERM that multiprocessing sends at exit."""
+    """Kill the workers that an error has left: they ignore the SIGTERM that multiprocessing sends at exit."""
     if any(worker.is_alive() for worker in _workers) and hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports each as a failure
     for worker in _workers:
         worker.kill()
 
 
-def _ignore_once(signum: int, _: object) -> None:
-    signal.signal(signum, signal.SIG_DFL)
-
-
 def start_worker(_: int) -> None:
     """For `worker_init_fn`: use one thread, and outlive the signals that ask the main process to stop."""
     torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group, while the main process still needs batches. A
-    # second SIGTERM comes from the main process, for a worker that did not end when asked to.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    # Ctrl-C, a scheduler's SIGTERM and torchrun's relay of it reach the whole process group, more than once, while the
+    # main process still needs batches.
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     if _CAN_BLOCK:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 

@@ -359,3 +359,15 @@ def test_unlabelled_hugging_face_data_set(folder, tmp_path):
     dataset = open_dataset(f'hfds/{parquet_of(folder, tmp_path, labelled=False)}', str(tmp_path / 'cache'))
     batch, = epoch_of(create_view_loader(dataset, two_views(8), batch_size=11), 0)
     assert (batch.target == -1).all() and len(batch.unreadable) >= len(BROKEN)
+
+
+def no_shared_memory(_):
+    """Collate as torch does in a worker where /dev/shm is full."""
+    raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)')
+
+
+def test_full_shared_memory_names_the_options_that_help(monkeypatch):
+    monkeypatch.setattr('timm_cgh.data.loader._collate', no_shared_memory)
+    loader = create_view_loader(Digits(), two_views(16), batch_size=4, mode='L', workers=1)
+    with pytest.raises(InputError, match=r'workers: the shared memory .* is full.*`batch_size`.*--shm-size'):
+        list(loader)

@@ -8,7 +8,9 @@ from typing import Iterable, Iterator
 
 import torch
 
-__all__ = ['iterate', 'signals_blocked', 'start_worker']
+from timm_cgh.errors import InputError
+
+__all__ = ['explain_shared_memory', 'iterate', 'signals_blocked', 'start_worker']
 
 _STOP_SIGNALS = {getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)}
 _CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
@@ -49,11 +51,25 @@ def signals_blocked() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def explain_shared_memory() -> Iterator[None]:
+    """Say what to do where the shared memory, through which workers send batches, is full: containers have 64 MB."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ('shared memory', 'bus error', 'Bus error')):
+            raise InputError(
+                'workers: the shared memory (/dev/shm) is full; take fewer workers or a smaller `batch_size`, or give '
+                'the container more (docker run --shm-size 8g)') from error
+        raise
+
+
 def iterate(loader: Iterable) -> Iterator:
     """Iterate over a loader whose workers start with the first batch at the latest, under `signals_blocked`."""
     iterator, end = iter(loader), object()
-    with signals_blocked():
-        item = next(iterator, end)
-    while item is not end:
-        yield item
-        item = next(iterator, end)
+    with explain_shared_memory():
+        with signals_blocked():
+            item = next(iterator, end)
+        while item is not end:
+            yield item
+            item = next(iterator, end)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, arguments_of, at_least_one, fraction, natural, non_negative, positive)
+    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, positive)
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError
 from timm_cgh.eval import FeatureExtractor
@@ -43,15 +43,9 @@ group = parser.add_argument_group('Linear classification')
 group.add_argument('--lr', nargs='+', type=positive, default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], metavar='X',
                    help='one head each, per 256 images (scaled linearly); the paper: 3.0 on small data, 0.3 on IN-1K')
 group.add_argument('--epochs', type=at_least_one, default=100, metavar='N')
-group.add_argument('--momentum', type=fraction, default=0.9, metavar='M')
-group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X')
 group.add_argument('--cache-features', action='store_true',
                    help='extract the features once, from centre crops without augmentation, and train on those')
-group.add_argument('--scale', nargs=2, type=positive, default=[0.08, 1.0], metavar=('MIN', 'MAX'), help='crop area')
-group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
-group.add_argument('--val-interval', type=natural, default=10, metavar='N', help='epochs; 0: at the end only')
-group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
-group.add_argument('--resume', metavar='FILE', help="'auto': the checkpoint in --output, where there is one")
+add_training_arguments(group)
 
 
 def resume_settings(args, process, backbone, data):
@@ -108,7 +102,7 @@ def train_one_epoch(args, epoch, loader, backbone, extractor, heads, optimizer, 
 
 
 def log_heads(results):
-    """Log the accuracy of every head, and whether other learning rates should be tried."""
+    """Log the accuracy of every head, and whether other learning rates should be tried; returns the best."""
     for result in results:
         diverged = ' (diverged)' if result.diverged else ''
         _logger.info(f'lr {result.lr:g}: top-1 {result.top1:.3f} %, top-5 {result.top5:.3f} %{diverged}')
@@ -117,6 +111,7 @@ def log_heads(results):
         _logger.error('Every head has diverged: lower rates (--lr) may help')
     elif len(results) > 1 and best in (0, len(results) - 1):
         _logger.info('The best rate is the %s of those tried (--lr)', 'largest' if best else 'smallest')
+    return best
 
 
 def write_files(args, backbone, data, heads, best, predictions, labels):
@@ -134,8 +129,7 @@ def write_files(args, backbone, data, heads, best, predictions, labels):
 
 def report(args, backbone, data, heads, results, labels, seconds):
     """Log and write the results; returns the exit code."""
-    log_heads(results)
-    best = best_head(results)
+    best = log_heads(results)
     top = results[best]
     if top.diverged:
         return 1

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, arguments_of, at_least_one, fraction, natural, non_negative, positive)
+    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, non_negative, positive)
 from timm_cgh.data import ImageSubset, image_mode, read_labels
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
@@ -58,14 +58,8 @@ group.add_argument('--epochs', type=at_least_one, default=50, metavar='N')
 group.add_argument('--decay-milestones', type=at_least_one, nargs='+', metavar='N',
                    help='epochs; default at 60 and 80 percent of the run, the 30 and 40 of 50')
 group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X')
-group.add_argument('--momentum', type=fraction, default=0.9, metavar='M')
-group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X')
 group.add_argument('--no-sync-bn', action='store_true', help='batch statistics of each GPU by itself')
-group.add_argument('--scale', nargs=2, type=positive, default=[0.08, 1.0], metavar=('MIN', 'MAX'), help='crop area')
-group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
-group.add_argument('--val-interval', type=natural, default=10, metavar='N', help='epochs; 0: at the end only')
-group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
-group.add_argument('--resume', metavar='FILE', help="'auto': the checkpoint in --output, where there is one")
+add_training_arguments(group)
 
 
 def choose_settings(args):

@@ -15,8 +15,8 @@ from timm.utils import ParseKwargs
 from .errors import DEBUG, InputError
 
 __all__ = [
-    'Parser', 'add_evaluation_arguments', 'arguments_of', 'at_least_one', 'fraction', 'natural',
-    'non_negative', 'positive']
+    'Parser', 'add_evaluation_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one', 'fraction',
+    'natural', 'non_negative', 'positive']
 
 
 def _number(kind: type, accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -191,3 +191,14 @@ def add_evaluation_arguments(parser: Parser) -> None:
     group.add_argument('--seed', type=natural, default=42, metavar='N')
     group.add_argument('--output', metavar='DIR', help='folder for plots and other files; default: none are written')
     group.add_argument('--results-file', metavar='FILE', help='.json or .csv; the results are printed in any case')
+
+
+def add_training_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the evaluations that train on augmented images."""
+    group.add_argument('--momentum', type=fraction, default=0.9, metavar='M')
+    group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X')
+    group.add_argument('--scale', nargs=2, type=positive, default=[0.08, 1.0], metavar=('MIN', 'MAX'), help='crop area')
+    group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
+    group.add_argument('--val-interval', type=natural, default=10, metavar='N', help='epochs; 0: at the end only')
+    group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
+    group.add_argument('--resume', metavar='FILE', help="'auto': the checkpoint in --output, where there is one")

@@ -66,7 +66,7 @@ class Recorder:
     """
 
     def __init__(self, output: Optional[str], settings: Mapping[str, Any], start_epoch: int = 0):
-        self.path = os.path.join(output, _LAST) if output else ''
+        self.output = output
         self.settings = settings
         self.summary = Summary(os.path.join(output, 'summary.csv'), start_epoch) if output else None
         self.written = time.monotonic()
@@ -79,11 +79,11 @@ class Recorder:
             write: in any case
             **state: of the checkpoint after this epoch
         """
-        if self.summary is None:
+        if self.output is None or self.summary is None:
             return
         if not write and time.monotonic() - self.written <= _SECONDS:
             self.summary.rows.append(row)
             return
         self.summary.add(row)
-        save_state(self.path, self.settings, epoch=row['epoch'] + 1, **state)
+        save_state(os.path.join(self.output, _LAST), self.settings, epoch=row['epoch'] + 1, **state)
         self.written = time.monotonic()

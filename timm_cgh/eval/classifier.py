@@ -23,20 +23,13 @@ def classifier_layers(model: nn.Module) -> List[nn.Module]:
 
 
 def as_classifier(
-        backbone: nn.Module,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        data_config: Mapping[str, Any],
-) -> nn.Module:
-    """Copy of a backbone, on the CPU, with a linear head as timm's own classifier layer.
+        backbone: nn.Module, weight: torch.Tensor, bias: torch.Tensor, data_config: Mapping[str, Any]) -> nn.Module:
+    """Copy of a backbone as a timm model with `num_classes=N`, in eval mode on the CPU.
 
     Args:
         backbone: plain timm model with `num_classes=0`
-        weight, bias: (N, D), (N,)
+        weight, bias: of the classifier, (N, D), (N,)
         data_config: its `input_size` is that of the image that the copy is checked with
-
-    Returns:
-        the timm model with `num_classes=N`, in eval mode
 
     Raises:
         ValueError: the architecture's classifier is more than a linear layer on the pooled feature
@@ -71,13 +64,11 @@ def export_classifier(
         tag: str,
         names: Optional[List[str]] = None,
 ) -> None:
-    """Write a classifier in timm's hub format and log how to load it.
+    """Write a timm model with a classifier in timm's hub format, and log how to load it.
 
     Args:
-        model: timm model with `num_classes=N`
-        folder: see `timm_cgh.models.export_backbone`
+        folder, tag: see `timm_cgh.models.export.export_backbone`
         data_config: `input_size`, `mean`, `std`, `interpolation` that it was evaluated with
-        tag: pretrained tag
         names: of the classes, in the order of their labels
     """
     export_backbone(

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from timm_cgh.data import EpochBatchSampler, image_mode
 from timm_cgh.data.decode import read_or_substitute
@@ -27,18 +27,12 @@ class BlockSampler(EpochBatchSampler):
     """
 
     def __init__(
-            self,
-            num_samples: int,
-            batch_size: int,
-            seed: int,
-            rank: int = 0,
-            world_size: int = 1,
-            least: int = 1,
-    ):
+            self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, least: int = 1):
         super().__init__(num_samples, batch_size, seed, rank, world_size)
         if num_samples < least * world_size:
             raise InputError(f'train_split: {num_samples} images are too few for {world_size} processes')
-        whole, rest = divmod(num_samples, batch_size * world_size)
+        self.block = batch_size * world_size
+        whole, rest = divmod(num_samples, self.block)
         self.steps = whole + (rest >= least * world_size)
 
     def __len__(self) -> int:
@@ -46,43 +40,36 @@ class BlockSampler(EpochBatchSampler):
 
     def block_size(self, batch: int) -> int:
         """Number of images in a batch over all processes."""
-        size = self.batch_size * self.world_size
-        return min(size, self.num_samples - batch * size)
+        return min(self.block, self.num_samples - batch * self.block)
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """This process's part of each batch of the epoch: (B,) indices."""
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
-        order = torch.randperm(self.num_samples, generator=generator)
-        for block in order.split(self.batch_size * self.world_size)[self.start_batch:self.steps]:
+        for block in torch.randperm(self.num_samples, generator=generator).split(self.block)[:self.steps]:
             yield block[self.rank::self.world_size]
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        for block in self.blocks():
-            yield [(self.epoch, index) for index in block.tolist()]
+        return ([(self.epoch, index) for index in block.tolist()] for block in self.blocks())
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the two generators that transforms draw from; their states are restored afterwards."""
-    generator = torch.default_generator  # torch.manual_seed would seed every device as well: 100 us per image
-    states = random.getstate(), generator.get_state()
-    random.seed(seed)
-    generator.manual_seed(seed)
+    state = random.getstate()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device as well: 100 us
+            yield
     finally:
-        random.setstate(states[0])
-        generator.set_state(states[1])
+        random.setstate(state)
 
 
 class _Crops(Dataset):
     """(uint8 crop, label) by (epoch, index): the crop is a function of seed, epoch and index alone."""
 
     def __init__(self, dataset: Dataset, transform: Any, seed: int, mode: str):
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.mode = mode
+        self.dataset, self.transform, self.seed, self.mode = dataset, transform, seed, mode
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -102,13 +89,13 @@ class CropLoader:
     the batch size would.
 
     Args:
-        images: map-style data set of (PIL image, label) items
+        images: (PIL image, label) items
         data_config: timm's `input_size`, `mean`, `std`, `interpolation`
         process: this process; the batches are on its device
         batch_size: per process
         seed: of order and crops
-        workers: worker processes
-        scale, ratio, hflip: of the crop (the authors' code: 0.08 to 1, 3/4 to 4/3, 0.5)
+        workers: per process
+        scale, hflip: of the crop (the authors' code: 0.08 to 1, 0.5)
         least: see `BlockSampler`
     """
 
@@ -122,17 +109,14 @@ class CropLoader:
             seed: int = 42,
             workers: int = 0,
             scale: Sequence[float] = (0.08, 1.0),
-            ratio: Sequence[float] = (3 / 4, 4 / 3),
             hflip: float = 0.5,
             least: int = 1,
     ):
         self.device = process.device
-        chans, *size = data_config['input_size']
         transform = create_transform(
-            (chans, *size),
+            tuple(data_config['input_size']),
             is_training=True,
             scale=tuple(scale),
-            ratio=tuple(ratio),
             hflip=hflip,
             color_jitter=None,
             interpolation=data_config.get('interpolation') or 'bilinear',
@@ -140,15 +124,14 @@ class CropLoader:
         )
         self.sampler = BlockSampler(len(images), batch_size, seed, process.rank, process.world_size, least)
         self.loader = DataLoader(
-            _Crops(images, transform, seed, image_mode(chans)),
+            _Crops(images, transform, seed, image_mode(data_config['input_size'][0])),
             batch_sampler=self.sampler,
             num_workers=workers,
-            collate_fn=default_collate,
             pin_memory=self.device.type == 'cuda',
             persistent_workers=workers > 0,
         )
-        mean, std = (torch.tensor(data_config[k], device=self.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
-        self.mean, self.std = mean * 255, std * 255
+        self.mean, self.std = (
+            255 * torch.tensor(data_config[name], device=self.device).view(1, -1, 1, 1) for name in ('mean', 'std'))
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -2,11 +2,11 @@
 import logging
 import sys
 import time
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from timm_cgh.data import image_mode
 from timm_cgh.data.decode import read_or_substitute
 from timm_cgh.data.workers import iterate
-from timm_cgh.distributed import Process
+from timm_cgh.distributed import Process, all_gather_objects
 
 from .gather import block_indices, gather_rows
 from .loader import create_eval_loader
@@ -58,7 +58,7 @@ def extract_features(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Pooled features of all images of a loader, without gradient, from the model in eval mode.
 
-    The model (with the training flag of each module) and the CPU's random state are left as they were.
+    The model's training flags and the CPU's random state are left as they were.
 
     Args:
         model: timm model without classifier (`num_classes=0`) or `features_only` model, on `device`
@@ -121,10 +121,7 @@ class _Share(Dataset):
     """This rank's images of a data set; an unreadable one is replaced by the same other image on every rank."""
 
     def __init__(self, dataset: Dataset, indices: torch.Tensor, mode: str, warn_unreadable: bool):
-        self.dataset = dataset
-        self.indices = indices
-        self.mode = mode
-        self.warn_unreadable = warn_unreadable
+        self.dataset, self.indices, self.mode, self.warn_unreadable = dataset, indices, mode, warn_unreadable
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -136,19 +133,20 @@ class _Share(Dataset):
         return image, label
 
 
-def _with_progress(batches: Iterable, total: int, silent: bool) -> Iterator:
+def _with_progress(loader: Any, silent: bool) -> Iterator:
     """The batches, with a bar on a terminal, a log line every ten seconds elsewhere."""
-    bar = sys.stderr.isatty()
+    bar = tqdm(loader, 'features', leave=False, disable=silent or not sys.stderr.isatty())
     began = logged = time.monotonic()
-    for done, batch in enumerate(tqdm(batches, 'features', total, leave=False, disable=silent or not bar), start=1):
+    for done, batch in enumerate(bar, start=1):
         yield batch
         now = time.monotonic()
-        if not silent and not bar and now - logged > 10:
+        if bar.disable and not silent and now - logged > 10:
             logged = now
-            left = timedelta(seconds=round((now - began) / done * (total - done)))
-            _logger.info(f'features [{done}/{total}], ETA {left}')
+            left = timedelta(seconds=round((now - began) / done * (len(loader) - done)))
+            _logger.info(f'features [{done}/{len(loader)}], ETA {left}')
 
 
+@dataclass
 class FeatureExtractor:
     """Features of whole data sets, each image once, the work divided among the processes.
 
@@ -162,22 +160,13 @@ class FeatureExtractor:
         amp_dtype, channels_last: see `extract_features`
     """
 
-    def __init__(
-            self,
-            data_config: Dict[str, Any],
-            process: Process = Process(),
-            *,
-            batch_size: int = 256,
-            workers: int = 0,
-            amp_dtype: Optional[torch.dtype] = None,
-            channels_last: bool = False,
-    ):
-        self.data_config = data_config
-        self.process = process
-        self.batch_size = batch_size
-        self.workers = workers
-        self.amp_dtype = amp_dtype
-        self.channels_last = channels_last
+    data_config: Dict[str, Any]
+    process: Process = Process()
+    _: KW_ONLY
+    batch_size: int = 256
+    workers: int = 0
+    amp_dtype: Optional[torch.dtype] = None
+    channels_last: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -214,13 +203,8 @@ class FeatureExtractor:
         features, labels = torch.empty(0, 0), torch.empty(0, dtype=torch.long)
         if len(indices):
             loader = create_eval_loader(share, self.data_config, self.batch_size, self.workers, device)
-            batches = _with_progress(loader, len(loader), silent=not self.process.primary)
+            batches = _with_progress(loader, silent=not self.process.primary)
             features, labels = extract_features(model, batches, device, self.amp_dtype, self.channels_last)
-        if self.process.distributed:
-            width = torch.tensor(features.shape[1], device=device)
-            dist.all_reduce(width, op=dist.ReduceOp.MAX)
-            features = features.view(len(features), int(width))  # a rank without images has width 0
-        return (
-            gather_rows(features, count, self.batch_size, device),
-            gather_rows(labels, count, self.batch_size, device),
-        )
+        width = max(all_gather_objects(features.shape[1]))  # 0 on a rank without images
+        features = features.view(len(features), width)
+        return gather_rows(features, indices, count, device), gather_rows(labels, indices, count, device)

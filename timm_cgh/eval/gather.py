@@ -2,7 +2,7 @@
 import torch
 import torch.distributed as dist
 
-from timm_cgh.distributed import world_size as get_world_size
+from timm_cgh.distributed import is_distributed
 
 __all__ = ['block_indices', 'gather_rows']
 
@@ -15,37 +15,29 @@ def block_indices(count: int, size: int, rank: int, world_size: int) -> torch.Te
 
 def gather_rows(
         rows: torch.Tensor,
+        indices: torch.Tensor,
         count: int,
-        size: int,
         device: torch.device,
         chunk_bytes: int = 2 ** 26,
 ) -> torch.Tensor:
     """Gather the rows of all ranks, in order. Collective: every rank must call.
 
     Args:
-        rows: (n, ...) rows that `block_indices` gives this rank, on the CPU
+        rows: (n, ...) of this rank, on the CPU
+        indices: (n,) their places among those of all ranks
         count: rows of all ranks
-        size: of a block
         device: that the process group communicates with
-        chunk_bytes: that a rank sends at a time, which bounds the memory on the device
+        chunk_bytes: exchanged at a time, which bounds the memory on the device
 
     Returns:
         (count, ...) on the CPU of every rank
     """
-    world_size = get_world_size()
-    if world_size == 1:
+    if not is_distributed():
         return rows
-    indices = [block_indices(count, size, rank, world_size) for rank in range(world_size)]
-    out = rows.new_empty((count, *rows.shape[1:]))
-    step = max(1, chunk_bytes // max(1, rows[0:1].nbytes or out[0:1].nbytes))
-    for start in range(0, max(map(len, indices)), step):
-        stop = min(start + step, max(map(len, indices)))
-        mine = rows.new_zeros((stop - start, *rows.shape[1:]))  # padded where this rank has fewer; not read below
-        part = rows[start:stop]
-        mine[:len(part)] = part
-        all_rows = torch.empty((world_size * len(mine), *mine.shape[1:]), dtype=mine.dtype, device=device)
-        dist.all_gather_into_tensor(all_rows, mine.to(device))
-        for index, theirs in zip(indices, all_rows.cpu().split(len(mine))):
-            index = index[start:stop]
-            out[index] = theirs[:len(index)]
+    out = rows.new_zeros((count, *rows.shape[1:]))
+    out[indices] = rows
+    for part in out.split(max(1, chunk_bytes // max(1, out[:1].nbytes))):
+        shared = part.to(device)
+        dist.all_reduce(shared)  # the sum of a row and zeros
+        part.copy_(shared)
     return out

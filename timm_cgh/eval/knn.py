@@ -38,12 +38,10 @@ def _nearest(train: torch.Tensor, query: torch.Tensor, k: int) -> Tuple[torch.Te
 
 @torch.no_grad()
 def nearest_neighbors(train_features: torch.Tensor, test_features: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices (M, k) of the training images most similar to each of a few test images, nearest first.
+    """Indices (M, k) of the k (at most N) training images most similar to each of a few test images, nearest first.
 
     Args:
-        train_features: (N, D), normalised here
-        test_features: (M, D)
-        k: at most N
+        train_features, test_features: (N, D), (M, D), normalised here
     """
     train = _unit_rows(train_features, 'training features')
     return _nearest(train, _unit_rows(test_features, 'test features').to(train.device), k)[1].cpu()
@@ -63,9 +61,9 @@ def knn_predict(
     Exact. Of equally similar images the earlier is the nearer, of classes with equal votes the smaller label wins.
 
     Args:
-        train_features: (N, D) features, normalised here; the search runs on their device
-        train_labels: (N,) labels, any integers
-        test_features: (M, D) features
+        train_features: (N, D), normalised here; the search runs on their device
+        train_labels: (N,), any integers
+        test_features: (M, D)
         ks: numbers of neighbours; those above N are left out, and N itself is taken where none is left
         temperature: of the vote
         chunk: test images at a time, which bounds memory to about chunk * N similarities; default by N
@@ -114,21 +112,14 @@ def knn_predict_distributed(
 ) -> Dict[int, torch.Tensor]:
     """`knn_predict` with the test images divided among the processes. Collective: every rank must call.
 
-    The ranks take whole chunks, so that the predictions do not depend on their number.
-
-    Args:
-        train_features, train_labels, test_features: of all images, on every rank; see `knn_predict`
-        process: this process; the search runs on its device
-        ks, temperature: see `knn_predict`
-
-    Returns:
-        k -> (M,) predicted labels, on the CPU of every rank
+    Every rank has all features and gets all predictions; the search runs on the process's device. The ranks take whole
+    chunks, so that the predictions do not depend on their number.
     """
     count, chunk = len(test_features), _chunk_size(len(train_features))
     share = block_indices(count, chunk, process.rank, process.world_size)
     predictions = knn_predict(
         train_features.to(process.device), train_labels, test_features[share], ks, temperature, chunk)
-    return {k: gather_rows(rows, count, chunk, process.device) for k, rows in predictions.items()}
+    return {k: gather_rows(rows, share, count, process.device) for k, rows in predictions.items()}
 
 
 def knn_accuracy(
@@ -140,15 +131,12 @@ def knn_accuracy(
         temperature: float = 0.07,
         chunk: Optional[int] = None,
 ) -> Dict[int, float]:
-    """Top-1 accuracy of `knn_predict`. Images without a label (below 0) are left out, on both sides.
+    """Top-1 accuracy of `knn_predict` in percent, by k. Images without a label (below 0) are left out, on both sides.
 
     Args:
         train_features, train_labels: (N, D), (N,)
         test_features, test_labels: (M, D), (M,)
         ks, temperature, chunk: see `knn_predict`
-
-    Returns:
-        k -> top-1 accuracy in percent
 
     Raises:
         ValueError: see `knn_predict`; no labelled image on one of the sides

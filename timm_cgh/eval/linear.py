@@ -63,14 +63,8 @@ class FeatureLoader:
     """
 
     def __init__(
-            self,
-            features: torch.Tensor,
-            labels: torch.Tensor,
-            process: Process = Process(),
-            *,
-            batch_size: int,
-            seed: int = 42,
-    ):
+            self, features: torch.Tensor, labels: torch.Tensor, process: Process = Process(), *, batch_size: int,
+            seed: int = 42):
         self.device = process.device
         if self.device.type == 'cuda' and features.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
             features, labels = features.to(self.device), labels.to(self.device)
@@ -103,18 +97,8 @@ class HeadResult(NamedTuple):
 
 @torch.no_grad()
 def evaluate_heads(
-        heads: LinearHeads,
-        features: torch.Tensor,
-        labels: torch.Tensor,
-        chunk: int = 8192,
-) -> List[HeadResult]:
-    """Accuracy of every head.
-
-    Args:
-        heads: on the device that computes the logits
-        features, labels: (M, D), (M,), on the CPU
-        chunk: images at a time
-    """
+        heads: LinearHeads, features: torch.Tensor, labels: torch.Tensor, chunk: int = 8192) -> List[HeadResult]:
+    """Accuracy of every head on (M, D) features with (M,) labels on the CPU, `chunk` images at a time."""
     results = []
     for lr, weight, bias in zip(heads.lrs, heads.weights, heads.biases):
         if weight.isfinite().all() and bias.isfinite().all():

@@ -7,6 +7,7 @@ from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from timm_cgh.data.labels import to_label
 from timm_cgh.data.workers import start_worker
 
 __all__ = ['create_eval_loader', 'eval_crop_pct']
@@ -20,39 +21,31 @@ def eval_crop_pct(img_size: int) -> float:
     return 0.875 if img_size >= 224 else 1.0
 
 
-def _read(image: Any, transform: Any, mode: str) -> torch.Tensor:
-    if getattr(image, 'mode', mode) != mode:  # torchvision's data sets give whatever the file holds
-        image = image.convert(mode)
-    return transform(image)
-
-
-class _EvalImages(Dataset):
-    """Items of a map-style data set of images, transformed; the data set's own transform stays as it is."""
+class _Transformed:
+    """Items of a data set of images, transformed; the data set's own transform stays as it is."""
 
     def __init__(self, dataset: Dataset, mode: str):
         self.dataset = dataset
         self.mode = mode
-        self.transform = None  # timm's create_loader sets it
+        self.transform: Any = None  # timm's create_loader sets it
 
+    def prepare(self, image: Any, target: Any, *_: Any) -> Tuple[torch.Tensor, int]:
+        if getattr(image, 'mode', self.mode) != self.mode:  # torchvision's data sets give whatever the file holds
+            image = image.convert(self.mode)
+        return self.transform(image), to_label(target)
+
+
+class _EvalImages(_Transformed, Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        image, target = self.dataset[index][:2]
-        return _read(image, self.transform, self.mode), -1 if target is None else int(target)
+        return self.prepare(*self.dataset[index])
 
 
-class _EvalStream(IterableDataset):
-    """Items of a stream of images, transformed."""
-
-    def __init__(self, dataset: IterableDataset, mode: str):
-        self.dataset = dataset
-        self.mode = mode
-        self.transform = None
-
+class _EvalStream(_Transformed, IterableDataset):
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
-        for image, target, *_ in self.dataset:
-            yield _read(image, self.transform, self.mode), -1 if target is None else int(target)
+        return (self.prepare(*item) for item in self.dataset)
 
 
 def _start_worker(info: Any) -> int:
@@ -92,21 +85,18 @@ def create_eval_loader(
     if stream and hasattr(dataset, 'set_loader_cfg'):
         dataset = copy.copy(dataset)
         dataset.set_loader_cfg(num_workers=workers)  # create_loader tells timm's own class only
-    prefetch = device.type != 'cpu'
     return create_loader(
         (_EvalStream if stream else _EvalImages)(dataset, 'L' if chans == 1 else 'RGB'),
         input_size=(chans, *img_size),
         batch_size=batch_size,
-        is_training=False,
         interpolation=data_config.get('interpolation') or 'bilinear',
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=workers,
         crop_pct=eval_crop_pct(min(img_size)),
-        crop_mode='center',
         pin_memory=device.type == 'cuda',
         device=device,
-        use_prefetcher=prefetch,
+        use_prefetcher=device.type != 'cpu',
         persistent_workers=False,  # evaluations may be minutes apart
         worker_seeding=_start_worker,
     )

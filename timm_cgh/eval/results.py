@@ -13,12 +13,7 @@ from .loader import eval_crop_pct
 __all__ = ['describe_accuracy', 'describe_images', 'describe_model', 'write_results']
 
 
-def describe_model(
-        backbone: Backbone,
-        dataset: str = '',
-        data_dir: Optional[str] = None,
-        val_split: str = 'validation',
-) -> Dict[str, Any]:
+def describe_model(backbone: Backbone, dataset: str, data_dir: Optional[str], val_split: str) -> Dict[str, Any]:
     """First entries of every result: the model, its weights and the data that it is evaluated on."""
     return dict(
         model=backbone.name,
@@ -29,20 +24,16 @@ def describe_model(
     )
 
 
-def describe_accuracy(top1: float, top5: Optional[float] = None) -> Dict[str, float]:
-    """Accuracies and errors in percent."""
-    accuracy = dict(top1=top1) if top5 is None else dict(top1=top1, top5=top5)
-    return {
-        key: round(value, 4)
-        for name, top in accuracy.items() for key, value in ((name, top), (f'{name}_err', 100 - top))}
+def describe_accuracy(*top: float) -> Dict[str, float]:
+    """Top-1, and top-5 where it is given, with their errors, in percent."""
+    accuracy = {}
+    for name, value in zip(('top1', 'top5'), top):
+        accuracy.update({name: round(value, 4), f'{name}_err': round(100 - value, 4)})
+    return accuracy
 
 
 def describe_images(
-        data_config: Mapping[str, Any],
-        num_classes: int,
-        train_images: int,
-        val_images: int,
-) -> Dict[str, Any]:
+        data_config: Mapping[str, Any], num_classes: int, train_images: int, val_images: int) -> Dict[str, Any]:
     """Entries about the images: how many there are, and how those of validation are prepared."""
     size = min(data_config['input_size'][1:])
     return dict(

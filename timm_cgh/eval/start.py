@@ -26,7 +26,7 @@ def start_evaluation(
         results_file: JSON or CSV file
 
     Raises:
-        InputError: no such device, or a place that cannot be written to
+        InputError: no such device, a place that cannot be written to
     """
     setup_default_logging()
     # The softmax of a head at a high rate is full of numbers below 1e-38, which slow a CPU down. Threads inherit the

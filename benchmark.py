@@ -71,26 +71,16 @@ for command, function in COMMANDS.items():
         sub.add_argument('--lightly', action='store_true', help="compare with lightly's MoCo")
     if command == 'e2e':
         sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1))
-        sub.add_argument('--lightly-train', nargs='*', default=[], choices=('simclr', 'dino', 'densecl'),
-                         help='compare with these methods of LightlyTrain (pip install lightly-train)')
-
-
-def processor():
-    """Name of the CPU, if the system tells it."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def measure(args):
     torch.backends.cuda.matmul.allow_tf32 = getattr(args, 'amp', False)  # as in train.py
     result = COMMANDS[args.command](args)
+    cpu = f'{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
     on_gpu = torch.device(getattr(args, 'device', 'cpu')).type == 'cuda'
     result.update(
         options=vars(args),
-        processor=torch.cuda.get_device_name() if on_gpu else processor(),
+        processor=torch.cuda.get_device_name() if on_gpu else cpu,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         timm=timm.__version__,

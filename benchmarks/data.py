@@ -1,12 +1,10 @@
 """The data path relative to the official recipe, and training relative to its step and its loader."""
 import argparse
-import importlib.util
 import itertools
-import os
 import random
 import statistics
 import time
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import torch
 from PIL import Image, ImageFilter
@@ -14,13 +12,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, open_dataset, two_views
+from timm_cgh.data import Batch, ViewLoader, ViewsToDevice, create_view_loader, is_stream, open_dataset, two_views
 from timm_cgh.data.decode import decode_pixels, read_image, simplejpeg
 from timm_cgh.errors import InputError
 
-from .lightly_train_rate import lightly_train_rate
 from .step import CGHStep
-from .timing import median_ratio, timed
+from .timing import median_ratio, random_images, timed
 
 __all__ = ['benchmark_data', 'benchmark_e2e']
 
@@ -41,20 +38,18 @@ class OfficialViews(Dataset):
 
     def __init__(self, dataset, size):
         self.dataset = dataset
-        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
-        end = [
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-        self.weak = transforms.Compose([crop, *end])
-        self.contrastive = transforms.Compose([
-            crop,
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([pillow_blur], p=0.5),
-            *end,
-        ])
+        self.weak, self.contrastive = (
+            transforms.Compose([
+                transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+                *photometric,
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            ]) for photometric in ((), (
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.RandomApply([pillow_blur], p=0.5),
+            )))
 
     def __len__(self):
         return len(self.dataset)
@@ -118,37 +113,26 @@ def benchmark_data(args: argparse.Namespace) -> Dict[str, Any]:
     return dict(decoder=decoder, cpu_ms_per_image=medians, times_official=ratio, turns=ms)
 
 
-def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
-    """Images per second of training as in `train.py`, of its step on synthetic views, and of its loader.
+def _epochs(loader: ViewLoader) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
 
-    With `--lightly-train` also of LightlyTrain's methods on the same files, with their own augmentation and precision.
-    """
+
+def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
+    """Images per second of training as in `train.py`, of its step on synthetic views, and of its loader."""
     device, size = torch.device(args.device), args.batch_size
     dataset = open_images(args)
     ahead = 2 * args.workers + 2  # batches already loaded when a turn begins, which are not timed
-    wanted = size * (args.repeats + ahead)
-    if args.lightly_train:
-        if not os.path.isdir(args.data_dir or ''):
-            raise InputError(f'lightly_train: needs a folder of images as `data_dir`, got {args.data_dir}')
-        if importlib.util.find_spec('lightly_train') is None:
-            raise InputError('lightly_train: needs LightlyTrain (pip install lightly-train)')
-        files = [os.path.abspath(path) for path in dataset.filenames(absolute=True)]
-        files = [files[i % len(files)] for i in range(wanted + size)]
-    dataset = Subset(dataset, [i % len(dataset) for i in range(max(wanted, len(dataset)))])  # not too short an epoch
+    count = max(size * (args.repeats + ahead), len(dataset))  # not too short an epoch
     loader = create_view_loader(
-        dataset, two_views(args.img_size), size, workers=args.workers, pin_memory=device.type == 'cuda')
+        Subset(dataset, [i % len(dataset) for i in range(count)]), two_views(args.img_size), size,
+        workers=args.workers, pin_memory=device.type == 'cuda')
     to_device = ViewsToDevice(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, device)
-
-    def epochs():
-        for epoch in itertools.count():
-            loader.set_epoch(epoch)
-            yield from loader
-
-    step, batches = CGHStep(args), epochs()
-    fixed = [torch.randn(size, 3, args.img_size, args.img_size, device=device) for _ in range(2)]
-    prefetched = to_device.prefetch(batches)
+    step, batches = CGHStep(args), _epochs(loader)
+    views, prefetched = [random_images(args)] * 2, to_device.prefetch(batches)
     steps = {
-        'synthetic': lambda: step(fixed),
+        'synthetic': lambda: step(views),
         'loader': lambda: next(batches),
         'e2e': lambda: step(next(prefetched)[1]),
     }
@@ -160,19 +144,10 @@ def benchmark_e2e(args: argparse.Namespace) -> Dict[str, Any]:
             seconds = timed(run, device, args.repeats)
             if turn:  # the first turn warms up
                 rate[name].append(size / seconds)
-        for method in args.lightly_train if turn else ():
-            rate.setdefault(method, []).append(lightly_train_rate(args, method, files, ahead))
     bound = [min(pair) for pair in zip(rate['synthetic'], rate['loader'])]
-    result = dict(
-        images_per_s={name: statistics.median(values) for name, values in rate.items()},
-        of_synthetic=median_ratio(rate['e2e'], rate['synthetic']),
-        of_the_slower=median_ratio(rate['e2e'], bound),
-        times_lightly_train={method: median_ratio(rate['e2e'], rate[method]) for method in args.lightly_train},
-        turns=rate,
-    )
+    medians = {name: statistics.median(values) for name, values in rate.items()}
+    of_synthetic, of_the_slower = (median_ratio(rate['e2e'], other) for other in (rate['synthetic'], bound))
     print(f'{args.model} {args.img_size} px, batch {size}, {args.workers} workers, {device}: images/s ' + ', '.join(
-        f'{name} {value:.1f}' for name, value in result['images_per_s'].items()))
-    print(f"end to end: {result['of_synthetic']:.3f} of synthetic, {result['of_the_slower']:.3f} of the slower of both")
-    for method, ratio in result['times_lightly_train'].items():
-        print(f"LightlyTrain's {method}: {result['images_per_s'][method]:.1f} images/s, ours {ratio:.2f} times that")
-    return result
+        f'{name} {value:.1f}' for name, value in medians.items()))
+    print(f'end to end: {of_synthetic:.3f} of synthetic, {of_the_slower:.3f} of the slower of both')
+    return dict(images_per_s=medians, of_synthetic=of_synthetic, of_the_slower=of_the_slower, turns=rate)

@@ -1,8 +1,8 @@
 """How the cost grows with the memory bank, with the batch and with the number of processes."""
 import argparse
-import os
-import socket
 import statistics
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, Dict
 
 import torch
@@ -16,7 +16,6 @@ __all__ = ['benchmark_loss', 'benchmark_processes']
 
 
 def run_loss(args: argparse.Namespace, bank_size: int, batch_size: int) -> None:
-    """The loss once, to measure its memory."""
     relation_loss(args, bank_size, batch_size)[0]()
 
 
@@ -32,9 +31,8 @@ def benchmark_loss(args: argparse.Namespace) -> Dict[str, Any]:
         name: [statistics.linear_regression(sizes, [seconds[name, size][turn] for size in sizes]).slope
                for turn in range(args.turns)] for name in ms}
     ratio = median_ratio(slopes['loss'], slopes['products'])
-    fit = statistics.linear_regression(sizes, ms['loss'])
-    residual = max(abs(value - fit.slope * size - fit.intercept) for size, value in zip(sizes, ms['loss']))
-    residual /= ms['loss'][-1]
+    slope, intercept = statistics.linear_regression(sizes, ms['loss'])
+    residual = max(abs(value - slope * size - intercept) for size, value in zip(sizes, ms['loss'])) / ms['loss'][-1]
     memory = {}
     for size in (sizes[0], sizes[-1]):
         for batch in (args.batch_size, 4 * args.batch_size):
@@ -49,54 +47,38 @@ def benchmark_loss(args: argparse.Namespace) -> Dict[str, Any]:
     return dict(bank_sizes=sizes, ms=ms, slope_ratio=ratio, off_line=residual, memory_mib=memory)
 
 
-def _gloo_process(rank: int, world: int, args: argparse.Namespace, port: int, connection: Any) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+def _join(ranks: Any, world: int, args: argparse.Namespace, store: str) -> None:
+    global _run  # of this process
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=world)
-    args.batch_size //= world
-    step, images = CGHStep(args), random_images(args)
-    while connection.recv():
-        for _ in range(args.repeats):
-            step([images, images])
-        connection.send(True)
-    dist.destroy_process_group()
+    dist.init_process_group('gloo', f'file://{store}', rank=ranks.get(), world_size=world)
+    _run = partial(CGHStep(args), [random_images(args)] * 2)
+
+
+def _run_steps(repeats: int) -> None:
+    for _ in range(repeats):
+        _run()
 
 
 def benchmark_processes(args: argparse.Namespace) -> Dict[str, Any]:
     """Images per second of one process with all threads of the CPU, and of as many processes with one thread each."""
     args.device = 'cpu'
     device, world = torch.device('cpu'), torch.get_num_threads()
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     context = torch.multiprocessing.get_context('spawn')
-    pipes = [context.Pipe() for _ in range(world)]
-    workers = [
-        context.Process(target=_gloo_process, args=(rank, world, args, port, theirs), daemon=True)
-        for rank, (_, theirs) in enumerate(pipes)]
-    for worker in workers:
-        worker.start()
-    step, images = CGHStep(args), random_images(args)
-
-    def one():
-        step([images, images])
-
-    def many():
-        for mine, _ in pipes:
-            mine.send(True)
-        for mine, _ in pipes:
-            mine.recv()
-
-    rate = {'one': [], 'many': []}
-    many()
-    one()
-    for _ in range(args.turns):
-        rate['one'].append(args.batch_size / timed(one, device, args.repeats))
-        rate['many'].append(args.batch_size * args.repeats / timed(many, device, 1))
-    for mine, _ in pipes:
-        mine.send(False)
-    ratio = median_ratio(rate['many'], rate['one'])
+    ranks = context.SimpleQueue()
+    for rank in range(world):
+        ranks.put(rank)
+    share = argparse.Namespace(**{**vars(args), 'batch_size': args.batch_size // world})
+    with TemporaryDirectory() as folder, context.Pool(world, _join, (ranks, world, share, f'{folder}/store')) as pool:
+        # each process waits for the others in every step, so that none takes the turn of another
+        many = partial(pool.map, _run_steps, [args.repeats] * world, chunksize=1)
+        one = partial(CGHStep(args), [random_images(args)] * 2)
+        many()
+        one()
+        rate = {'one': [], 'many': []}
+        for _ in range(args.turns):
+            rate['one'].append(args.batch_size / timed(one, device, args.repeats))
+            rate['many'].append(args.batch_size * args.repeats / timed(many, device, 1))
+    ratio, medians = median_ratio(rate['many'], rate['one']), {k: statistics.median(v) for k, v in rate.items()}
     print(f'{args.model} {args.img_size} px, batch {args.batch_size} in all: {world} processes of one thread '
-          f"{statistics.median(rate['many']):.1f} images/s, one of {world} {statistics.median(rate['one']):.1f}, "
-          f'ratio {ratio:.2f}')
-    return dict(images_per_s={k: statistics.median(v) for k, v in rate.items()}, ratio=ratio, turns=rate)
+          f"{medians['many']:.1f} images/s, one of {world} {medians['one']:.1f}, ratio {ratio:.2f}")
+    return dict(images_per_s=medians, ratio=ratio, turns=rate)

@@ -16,7 +16,7 @@ from timm_cgh.progress import peak_memory
 from timm_cgh.task import CGHTask, create_task
 
 from .loss import relation_loss
-from .timing import autocast, in_turn, median_ratio, memory_of, random_images, timed
+from .timing import autocast, in_turn, median_ratio, memory_format, memory_of, random_images, timed
 
 __all__ = ['CGHStep', 'benchmark_step', 'benchmark_variants']
 
@@ -30,8 +30,8 @@ def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _create_task(args: argparse.Namespace, **variant: Any) -> CGHTask:
-    task = create_task(args.model, bank_size=args.bank_size, img_size=args.img_size, **variant).to(args.device)
-    return task.to(memory_format=torch.channels_last) if args.channels_last else task
+    task = create_task(args.model, bank_size=args.bank_size, img_size=args.img_size, **variant)
+    return task.to(args.device, memory_format=memory_format(args))
 
 
 class FloorStep:
@@ -39,9 +39,8 @@ class FloorStep:
 
     def __init__(self, args: argparse.Namespace, images: torch.Tensor):
         self.args, self.images = args, images
-        self.student = create_backbone(args.model, img_size=args.img_size).to(args.device).train()
-        if args.channels_last:
-            self.student.to(memory_format=torch.channels_last)
+        self.student = create_backbone(args.model, img_size=args.img_size).train()
+        self.student.to(args.device, memory_format=memory_format(args))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.optimizer = torch.optim.SGD(self.student.parameters(), **_SGD)
 
@@ -139,32 +138,26 @@ def benchmark_step(args: argparse.Namespace) -> Dict[str, Any]:
     images, device = random_images(args), torch.device(args.device)
     step = CGHStep(args)
     steps = {'floor': FloorStep(args, images), 'cgh': lambda: step([images, images])}
-    for name in steps:
-        timed(steps[name], device, 1)
+    for each in steps.values():
+        each()
     peak = peak_memory(device)  # on a CPU that of the process, which includes the floor and the libraries
     if args.lightly:
         steps['lightly'] = LightlyMoCoStep(args, images)
     if args.parts:
         steps.update(parts_of_step(args, images))
     seconds = in_turn(args, steps)
-    medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
-    result = dict(
-        ms=medians,
-        ratio=median_ratio(seconds['cgh'], seconds['floor']),
-        images_per_s=1000 * args.batch_size / medians['cgh'],
-        peak_memory_mib=peak,
-        seconds=seconds,
-    )
+    ms = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    ratio, rate = median_ratio(seconds['cgh'], seconds['floor']), 1000 * args.batch_size / ms['cgh']
+    result = dict(ms=ms, ratio=ratio, images_per_s=rate, peak_memory_mib=peak, seconds=seconds)
     print(
-        f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: '
-        f"step {medians['cgh']:.1f} ms, floor {medians['floor']:.1f} ms, ratio {result['ratio']:.2f}, "
-        f"{result['images_per_s']:.1f} images/s, peak {result['peak_memory_mib']:.0f} MiB")
+        f"{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}: step {ms['cgh']:.1f} ms, "
+        f"floor {ms['floor']:.1f} ms, ratio {ratio:.2f}, {rate:.1f} images/s, peak {peak:.0f} MiB")
     if args.parts:
         print('beyond the floor, ms: ' + ', '.join(
-            f'{name} {value:.1f}' for name, value in medians.items() if name not in ('floor', 'cgh', 'lightly')))
+            f'{name} {value:.1f}' for name, value in ms.items() if name not in ('floor', 'cgh', 'lightly')))
     if args.lightly:
         result['lightly_ratio'] = median_ratio(seconds['lightly'], seconds['floor'])
-        print(f"lightly's MoCo: {medians['lightly']:.1f} ms, {result['lightly_ratio']:.2f} of the floor")
+        print(f"lightly's MoCo: {ms['lightly']:.1f} ms, {result['lightly_ratio']:.2f} of the floor")
     return result
 
 
@@ -181,17 +174,15 @@ VARIANTS = {
 
 def variant_step(args: argparse.Namespace, name: str) -> Callable[[], None]:
     """A call that runs one step of a variant."""
-    sizes = [args.img_size] * 2
+    views = two_views(args.img_size)
     if 'multi-crop' in name:
-        sizes += [view.size for view in multi_crop(two_views(args.img_size))[2:]]
-    return partial(CGHStep(args, **VARIANTS[name]), [random_images(args, size) for size in sizes])
+        views = multi_crop(views)
+    return partial(CGHStep(args, **VARIANTS[name]), [random_images(args, view.size) for view in views])
 
 
 def run_variant(args: argparse.Namespace, name: str) -> None:
     """Two steps, to measure their memory."""
-    step = variant_step(args, name)
-    step()
-    step()
+    timed(variant_step(args, name), torch.device(args.device), 2)
 
 
 def benchmark_variants(args: argparse.Namespace) -> Dict[str, Any]:
@@ -200,18 +191,15 @@ def benchmark_variants(args: argparse.Namespace) -> Dict[str, Any]:
     seconds = in_turn(args, {name: variant_step(args, name) for name in VARIANTS})
     first = next(iter(VARIANTS))
     memory = {name: memory_of(run_variant, args, name) for name in VARIANTS}
-    result = {
-        name: dict(
+    print(f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}, {args.device}')
+    print(f'{"":30}  images/s  relative    MiB  relative')
+    result = {}
+    for name, values in seconds.items():
+        result[name] = row = dict(
             images_per_s=args.batch_size / statistics.median(values),
             relative_rate=median_ratio(seconds[first], values),
             memory_mib=memory[name],
             relative_memory=memory[name] / memory[first],
         )
-        for name, values in seconds.items()
-    }
-    print(f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}, {args.device}')
-    print(f'{"":30}  images/s  relative    MiB  relative')
-    for name, row in result.items():
-        print(f"{name:30}  {row['images_per_s']:8.1f}  {row['relative_rate']:8.2f}  {row['memory_mib']:5.0f}  "
-              f"{row['relative_memory']:8.2f}")
+        print('{:30}  {:8.1f}  {:8.2f}  {:5.0f}  {:8.2f}'.format(name, *row.values()))
     return dict(variants=result, seconds=seconds)

@@ -8,7 +8,7 @@ from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
 
 import torch
 
-__all__ = ['autocast', 'in_turn', 'median_ratio', 'memory_of', 'random_images', 'timed']
+__all__ = ['autocast', 'in_turn', 'median_ratio', 'memory_format', 'memory_of', 'random_images', 'timed']
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -71,8 +71,12 @@ def autocast(args: argparse.Namespace) -> ContextManager:
     return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16) if args.amp else nullcontext()
 
 
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """That of models and images."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
 def random_images(args: argparse.Namespace, size: Optional[int] = None) -> torch.Tensor:
     """(B, 3, size, size) in the memory format asked for; default size `--img-size`."""
-    size = size or args.img_size
-    images = torch.randn(args.batch_size, 3, size, size, device=args.device)
-    return images.to(memory_format=torch.channels_last) if args.channels_last else images
+    shape = args.batch_size, 3, *[size or args.img_size] * 2
+    return torch.randn(shape, device=args.device).to(memory_format=memory_format(args))

@@ -46,11 +46,6 @@ def test_training_is_compared_with_its_step_and_its_loader(tmp_path, tar, worker
     assert 'end to end' in done.stdout
 
 
-def test_lightly_train_needs_a_folder(tar):
-    done = benchmark('e2e', '--data-dir', tar, '--img-size', 32, '--device', 'cpu', '--lightly-train', 'simclr')
-    assert done.returncode == 2 and '--lightly-train: needs a folder of images as --data-dir' in done.stderr
-
-
 TINY = ['--batch-size', 4, '--turns', 2, '--repeats', 1, '--device', 'cpu']
 NETWORK = [*TINY, '--model', 'resnet10t', '--img-size', 32, '--bank-size', 32]
 

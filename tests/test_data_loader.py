@@ -189,17 +189,17 @@ def test_workers_end_at_once_after_an_error(tmp_path):
     assert not multiprocessing.active_children()
 
 
-def test_workers_outlive_the_first_sigterm_but_not_the_second():
+def test_workers_outlive_every_sigterm_but_not_a_kill():
     loader = digits_loader(300, workers=1)
     whole = epoch_of(loader, 0)
     worker, = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGTERM)  # a scheduler's, to the whole process group
-    assert_same(epoch_of(loader, 0), whole)
-    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(2):
+        os.kill(worker.pid, signal.SIGTERM)  # a scheduler's, to the whole process group, and torchrun's relay of it
+        assert_same(epoch_of(loader, 0), whole)
+    worker.kill()
     with pytest.raises(RuntimeError, match='DataLoader worker'):
-        worker.join(5)
+        worker.join(60)
         epoch_of(loader, 1)
-    assert not worker.is_alive()
 
 
 def test_a_process_that_fails_while_workers_wait_ends():

@@ -14,10 +14,12 @@ import sys
 # On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
+import numpy as np
 import torch
 from timm import utils
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
+from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, arguments_of, at_least_one, fraction, natural, non_negative, positive
@@ -32,7 +34,7 @@ from timm_cgh.task import BASELINES
 from timm_cgh.task.positives import Selection
 from timm_cgh.train.build import (
     build_backbone, build_optimizer, build_scheduler, build_task, build_tracker, check_views)
-from timm_cgh.train.monitor import KnnMonitor
+from timm_cgh.train.monitor import KnnMonitor, QualityMonitor
 from timm_cgh.train.outputs import describe_run
 from timm_cgh.train.resume import check_ranks_agree, claim_folder, find_run
 from timm_cgh.train.run import Run
@@ -155,7 +157,10 @@ group.add_argument('--resume', metavar='FILE|auto', help="auto: --experiment's n
 group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N', help='kept beside last and best')
 group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
                    help='batches between recovery checkpoints, 0 for none')
-group.add_argument('--knn-interval', type=natural, default=5, metavar='N', help='epochs between kNN checks, 0 for none')
+group.add_argument('--knn-interval', type=natural, default=5, metavar='N',
+                   help='epochs between evaluations (kNN, quality), 0 for none')
+group.add_argument('--quality-images', type=natural, default=1024, metavar='N',
+                   help='training images for RankMe, alignment and uniformity, which need no labels; 0 for none')
 group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N', help='at most, on either side of kNN')
 group.add_argument('--track-relations', type=Selection.normalize, nargs='?', const='10/K', metavar='THRESHOLD',
                    help="recall and precision of the teacher's positives (Fig. 2), for one batch per --log-interval: "
@@ -260,6 +265,18 @@ def build_monitor(args, dataset, data_config, process):
     ))
 
 
+def build_quality(args, dataset, views, to_device):
+    """Evaluation without labels on fixed views of some training images; None for streams and very few images."""
+    count = min(args.quality_images, num_images(dataset))
+    if not args.knn_interval or is_stream(dataset) or count < 16:
+        return None
+    some = np.sort(np.random.default_rng(args.seed).permutation(num_images(dataset))[:count])
+    loader = create_view_loader(
+        Subset(dataset, some.tolist()), views, min(args.batch_size, count), args.seed, image_mode(args.in_chans))
+    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    return QualityMonitor(loader, to_device, amp_dtype, args.channels_last)
+
+
 def prepare_optimization(args, task, steps, process):
     """Move the task to its device; optimiser, schedule and gradient scaler. The order of these steps matters."""
     updates_per_epoch = math.ceil(steps / args.grad_accum_steps)
@@ -300,6 +317,7 @@ def main(argv=None):
         check_views(task, views, args.in_chans)
         tracker = build_tracker(args.track_relations, task, dataset)
         loader = build_loader(args, dataset, views, process)
+        to_device = ViewsToDevice(data_config['mean'], data_config['std'], process.device)
         monitor = build_monitor(args, dataset, data_config, process)
         optimizer, scheduler, scaler = prepare_optimization(args, task, len(loader), process)
 
@@ -313,13 +331,14 @@ def main(argv=None):
             backbone=backbone,
             task=task,
             loader=loader,
-            to_device=ViewsToDevice(data_config['mean'], data_config['std'], process.device),
+            to_device=to_device,
             optimizer=optimizer,
             scheduler=scheduler,
             scaler=scaler,
             data_config=data_config,
             fingerprint=fingerprint(dataset),
             monitor=monitor,
+            quality=build_quality(args, dataset, views, to_device),
             tracker=tracker,
         )
         run.resume(point)

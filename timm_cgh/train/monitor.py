@@ -1,18 +1,19 @@
-"""kNN accuracy of a backbone while it trains."""
+"""Evaluation of a backbone while it trains: kNN accuracy with labels, measures of quality without."""
 import copy
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from timm_cgh.data import is_stream
+from timm_cgh.data import ViewLoader, ViewsToDevice, is_stream
 from timm_cgh.eval.features import FeatureExtractor, Pixels, extract_features
 from timm_cgh.eval.knn import best_knn, knn_accuracy
 from timm_cgh.eval.loader import create_eval_loader
+from timm_cgh.eval.quality import alignment, rankme, uniformity
 
-__all__ = ['KnnMonitor']
+__all__ = ['KnnMonitor', 'QualityMonitor']
 
 
 class KnnMonitor:
@@ -67,3 +68,33 @@ class KnnMonitor:
         e = extractor
         loader = create_eval_loader(images, e.data_config, e.batch_size, e.workers, e.process.device)
         return extract_features(model, loader, e.process.device, e.amp_dtype, e.channels_last)
+
+
+class QualityMonitor:
+    """RankMe, alignment and uniformity (see `timm_cgh.eval.quality`) of a backbone on fixed views of training images.
+
+    Args:
+        loader: of the views; its first epoch is used
+        to_device: see `ViewsToDevice`
+        amp_dtype, channels_last: see `extract_features`
+    """
+
+    def __init__(
+            self,
+            loader: ViewLoader,
+            to_device: ViewsToDevice,
+            amp_dtype: Optional[torch.dtype] = None,
+            channels_last: bool = False,
+    ):
+        self.loader = loader
+        self.to_device = to_device
+        self.amp_dtype = amp_dtype
+        self.channels_last = channels_last
+
+    def __call__(self, model: nn.Module) -> Dict[str, float]:
+        """`rankme` and `uniformity` of the teacher's view, `alignment` of it with the student's full-size view."""
+        self.loader.set_epoch(0)
+        batches = ((torch.cat(self.to_device(batch)[:2]), batch.target) for batch in self.loader)
+        features, _ = extract_features(model, batches, self.to_device.device, self.amp_dtype, self.channels_last)
+        weak, contrastive = features.unflatten(0, (len(self.loader), 2, -1)).transpose(0, 1).flatten(1, 2)
+        return dict(rankme=rankme(weak), alignment=alignment(weak, contrastive), uniformity=uniformity(weak))

@@ -22,7 +22,7 @@ from .boards import Boards
 from .build import Backbone
 from .checkpoint import RunSaver
 from .meter import Meter
-from .monitor import KnnMonitor
+from .monitor import KnnMonitor, QualityMonitor
 from .outputs import export_run, list_files, warn_if_collapsed, write_plots
 from .resume import ResumePoint, is_within, restore
 from .stop import StopRequest
@@ -65,6 +65,7 @@ class Run:
         data_config: size and normalisation of the images
         fingerprint: of the training images
         monitor: kNN evaluation, None for none
+        quality: evaluation without labels, None for none
         tracker: of the teacher's relations, None for none
     """
     given: Dict[str, Any]
@@ -82,6 +83,7 @@ class Run:
     data_config: Dict[str, Any]
     fingerprint: str = ''
     monitor: Optional[KnnMonitor] = None
+    quality: Optional[QualityMonitor] = None
     tracker: Optional[RelationTracker] = None
 
     def __post_init__(self) -> None:
@@ -254,14 +256,17 @@ class Run:
         rate = self.progress.images_per_second(self.batch)
         means = relation_columns(self.meter.read())
         epoch, last = self.epoch, self.epoch + 1 == self.settings.epochs
-        knn = None
-        if self.monitor is not None and (last or (epoch + 1) % self.settings.knn_interval == 0):
-            knn = self.monitor(self.task.student.backbone)
-            self.knn = self.knn if knn is None else knn
+        knn, quality = None, {}
+        if self.settings.knn_interval and (last or (epoch + 1) % self.settings.knn_interval == 0):
+            if self.monitor is not None:
+                knn = self.monitor(self.task.student.backbone)
+                self.knn = self.knn if knn is None else knn
+            if self.quality is not None and self.process.primary:
+                quality = self.quality(self.task.student.backbone)
         self.epoch, self.batch, self.meter = epoch + 1, 0, Meter()
         if not self.process.primary:
             return
-        row = self._row(epoch, means, rate, knn)
+        row = self._row(epoch, means, rate, knn, quality)
         if epoch + 1 > max(self.settings.warmup_epochs, self.settings.contrast_warmup_epochs):
             warn_if_collapsed(row, self.settings.bank_size)
         self.summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
@@ -273,13 +278,21 @@ class Run:
         _logger.info(f"epoch {epoch}: {averages}{'' if knn is None else f', kNN {knn:.2f} %'}")
         self.boards.log(row)
 
-    def _row(self, epoch: int, means: Dict[str, float], rate: float, knn: Optional[float]) -> Dict[str, Any]:
+    def _row(
+            self,
+            epoch: int,
+            means: Dict[str, float],
+            rate: float,
+            knn: Optional[float],
+            quality: Dict[str, float],
+    ) -> Dict[str, Any]:
         """Row of `summary.csv`."""
         row = {'epoch': epoch, **{f'train_{k}': v for k, v in means.items()}, 'train_images_per_s': round(rate, 1)}
         if math.isfinite(memory := peak_memory(self.process.device)):
             row['train_peak_memory_mib'] = round(memory)
         if knn is not None:
             row['eval_knn'] = round(knn, 3)
+        row.update({f'eval_{name}': float(f'{value:.5g}') for name, value in quality.items()})
         row['lr'] = self.optimizer.param_groups[0]['lr']
         return row
 

@@ -1,0 +1,46 @@
+"""Measures of a representation that need no labels."""
+import torch
+import torch.nn.functional as F
+
+__all__ = ['alignment', 'rankme', 'uniformity']
+
+
+@torch.no_grad()
+def rankme(features: torch.Tensor, eps: float = 1e-7) -> float:
+    """Effective rank of (N, D) features: exp of the entropy of their normalised singular values.
+
+    Between 1 (collapsed to a line) and min(N, D). Among runs of one method and data set, a higher value mostly goes
+    with a higher linear accuracy. RankMe (Garrido, Balestriero, Najman and LeCun, ICML 2023), Eq. 1.
+
+    Args:
+        features: not normalised
+        eps: added to the normalised singular values
+    """
+    singular = torch.linalg.svdvals(features.double())
+    p = singular / singular.sum().clamp_min(eps) + eps
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+@torch.no_grad()
+def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean squared distance of the unit features of two views of each image, 0 to 4; lower is more invariant.
+
+    Wang and Isola, ICML 2020, Eq. 3 with alpha 2.
+
+    Args:
+        first, second: (N, D) features, normalised here
+    """
+    return float((F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).mean())
+
+
+@torch.no_grad()
+def uniformity(features: torch.Tensor) -> float:
+    """log of the mean of exp(-2 squared distance) over all pairs of images, -4 to 0; lower is more spread out.
+
+    Wang and Isola, ICML 2020, Eq. 4 with t 2.
+
+    Args:
+        features: (N, D), normalised here; at least two
+    """
+    squared = torch.pdist(F.normalize(features.double(), dim=1)).square()
+    return float(squared.mul(-2).logsumexp(0) - torch.log(torch.tensor(len(squared), dtype=torch.float64)))

@@ -20,12 +20,12 @@ try:
 except ImportError:  # Pillow gives the same pixels, a quarter slower
     simplejpeg = None
 
-__all__ = ['decode_pixels', 'image_name', 'read_image', 'read_or_substitute', 'to_mode']
+__all__ = ['UNREADABLE', 'decode_pixels', 'image_name', 'read_image', 'read_or_substitute', 'to_mode']
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _MAX_TRIED = 50  # unreadable images in a row that end the run: most of the data set is broken
 # What Pillow and timm's readers raise for broken files, missing files and empty cells of a table.
-_UNREADABLE = (
+UNREADABLE = (
     AssertionError,
     EOFError,
     Image.DecompressionBombError,
@@ -155,7 +155,7 @@ def read_or_substitute(
     for place in dict.fromkeys((index + int(step * _GOLDEN * count)) % count for step in range(_MAX_TRIED)):
         try:
             return *read_image(dataset, place, mode, convert), unreadable
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             why = reason(error, 200)
             unreadable.append(image_name(dataset, place))
     raise InputError(

@@ -13,30 +13,24 @@ from timm_cgh.models.checkpoints import (
 dependencies = ['torch', 'torchvision', 'timm', 'safetensors', 'huggingface_hub']
 
 
-def cgh_resnet18(pretrained=True, **kwargs):
-    """timm's ResNet-18 without a classifier: (B, 3, H, W) images -> (B, 512) features.
+def _entry_point(architecture, num_features):
+    def create(pretrained=True, **kwargs):
+        return _timm.create_model(f'cgh_{architecture}', pretrained=pretrained, **kwargs)
+
+    create.__doc__ = f"""timm's {architecture} without a classifier: (B, 3, H, W) images -> (B, {num_features}).
 
     Args:
         pretrained: load weights trained by CGH, from the repository's weights/ or the Hub; False builds random weights
-        **kwargs: arguments of timm.create_model('resnet18', ...), such as num_classes, in_chans, features_only
+        **kwargs: arguments of timm.create_model('{architecture}', ...), such as num_classes, in_chans, features_only
 
     Raises:
         ValueError: `pretrained`, and no checkpoint is published, or it cannot be downloaded
     """
-    return _timm.create_model('cgh_resnet18', pretrained=pretrained, **kwargs)
+    return create
 
 
-def cgh_resnet50(pretrained=True, **kwargs):
-    """timm's ResNet-50 without a classifier: (B, 3, H, W) images -> (B, 2048) features.
-
-    Args:
-        pretrained: load weights trained by CGH, from the repository's weights/ or the Hub; False builds random weights
-        **kwargs: arguments of timm.create_model('resnet50', ...), such as num_classes, in_chans, features_only
-
-    Raises:
-        ValueError: `pretrained`, and no checkpoint is published, or it cannot be downloaded
-    """
-    return _timm.create_model('cgh_resnet50', pretrained=pretrained, **kwargs)
+cgh_resnet18 = _entry_point('resnet18', 512)
+cgh_resnet50 = _entry_point('resnet50', 2048)
 
 
 def cgh(backbone=None, checkpoint=None, **kwargs):

@@ -17,6 +17,11 @@ __all__ = ['HUB_PREFIX', 'fetch', 'fetch_folder', 'hub_reason', 'redact', 'split
 
 HUB_PREFIX = 'hf-hub:'  # timm's
 _ATTEMPTS = 4  # the client repeats a HEAD that fails with 5xx, but not the GET after it
+_STATUS = {
+    401: 'not logged in, or the token is invalid (HF_TOKEN, hf auth login)',
+    403: 'the token does not permit this (403)',
+    429: 'too many requests (429), try again later',
+}
 
 
 def redact(text: str) -> str:
@@ -43,12 +48,8 @@ def hub_reason(error: BaseException) -> str:
         words = 'no such repository, or your token gives no access to it (HF_TOKEN, hf auth login)'
     elif first(RevisionNotFoundError):
         words = 'no such revision'
-    elif status == 401:
-        words = 'not logged in, or the token is invalid (HF_TOKEN, hf auth login)'
-    elif status == 403:
-        words = 'the token does not permit this (403)'
-    elif status == 429:
-        words = 'too many requests (429), try again later'
+    elif status in _STATUS:
+        words = _STATUS[status]
     elif status >= 500:
         words = f'the Hub is unavailable ({status}), try again later'
     elif answer is None and first(LocalEntryNotFoundError):
@@ -66,18 +67,14 @@ def split_hub_name(name: str) -> Tuple[str, Optional[str]]:
 
 
 def verify(path: Union[str, Path], sha256: str) -> None:
-    """Check the hash of a file.
-
-    Args:
-        path: the file
-        sha256: of its content, hexadecimal; or git's blob hash, if it has 40 digits
+    """Check the hash of a file: SHA-256, or git's blob hash if it has 40 digits.
 
     Raises:
-        RuntimeError: the hash differs
+        RuntimeError: it differs
     """
     digest = hashlib.sha256() if len(sha256) == 64 else hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
     with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
+        while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256:
         raise RuntimeError(f'its hash is {digest.hexdigest()[:12]}..., not {sha256[:12]}... as published')
@@ -98,8 +95,7 @@ def fetch(
     that fails is removed from the cache.
 
     Args:
-        repo_id: `owner/name`
-        filename: inside the repository; the client refuses names that lead out of its cache
+        repo_id, filename: `owner/name`, and a name in that repository
         revision: branch, tag or commit; default main
         sha256: of the content, 64 hexadecimal digits
         cache_dir: default the client's
@@ -116,20 +112,16 @@ def fetch(
         try:
             path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='timm-cgh')
             break
-        except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):
-                raise RuntimeError(f'{repo_id} has no {filename}') from error
-            raise RuntimeError(f'{repo_id}, {filename}: {hub_reason(error)}') from error
         except Exception as error:  # the types depend on the client's version and its network library
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                raise RuntimeError(f'{repo_id} has no {filename}') from error
             status = getattr(getattr(error, 'response', None), 'status_code', 0)
             if status < 500 or attempt == _ATTEMPTS:
                 raise RuntimeError(f'{repo_id}, {filename}: {hub_reason(error)}') from error
             time.sleep(2 ** (attempt - 1))
     # snapshots/<commit>/<filename> is a link to blobs/<hash>, which may be a link into a store shared by caches
     blob = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else path
-    announced = os.path.basename(blob) if blob != path else ''
-    expected = sha256 or (announced if re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', announced) else None)
-    if expected is not None:
+    if expected := sha256 or (re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', os.path.basename(blob)) or [None])[0]:
         try:
             verify(path, expected)
         except RuntimeError as error:
@@ -149,7 +141,7 @@ def fetch_folder(
     """Folder with the `config.json` and `model.safetensors` of a model in timm's hub format; see `fetch`.
 
     Args:
-        name: `owner/name` or `owner/name@revision`, with or without `hf-hub:`
+        name: see `split_hub_name`
         sha256: of `model.safetensors`
         cache_dir: default the client's
 

@@ -10,7 +10,7 @@ import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Union
+from typing import Any, Dict, Union
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,8 @@ from torchvision import models as torchvision_models
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.files import atomic_path
-from timm_cgh.models.checkpoints import check_fits, find_source, load_folder, read_file, run_arguments
+from timm_cgh.models.checkpoints import find_source, load_folder, read_file, run_arguments
+from timm_cgh.models.matching import misfits
 
 __all__ = ['FORMATS', 'as_torchvision', 'convert']
 
@@ -43,15 +44,12 @@ def _load(source: str) -> nn.Module:
 def _input_config(model: nn.Module) -> Dict[str, Any]:
     """Which model it is, and how its images are prepared."""
     names = ('architecture', 'tag', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-    return {name: model.pretrained_cfg[name] for name in names if name in model.pretrained_cfg}
+    return {name: value for name, value in model.pretrained_cfg.items() if name in names}
 
 
 @torch.no_grad()
 def as_torchvision(model: nn.Module) -> nn.Module:
-    """torchvision's ResNet with a backbone's weights, checked to return the same features.
-
-    Args:
-        model: timm model with `num_classes=0`, in eval mode
+    """torchvision's ResNet with the weights of a timm model with `num_classes=0`, both in eval mode; same features.
 
     Raises:
         InputError: torchvision has no such model, or a variant that differs
@@ -62,8 +60,8 @@ def as_torchvision(model: nn.Module) -> nn.Module:
         raise InputError(f'to: torchvision has no {name}; only its ResNets can be converted for it and for detectron2')
     other = build(weights=None)
     other.fc = nn.Identity()
-    shapes, wanted = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, other))
-    check_fits(shapes, wanted, f"to: differs from torchvision's {name}")
+    if words := misfits(model.state_dict(), other.state_dict()):
+        raise InputError(f"to: differs from torchvision's {name}: {words}")
     other.load_state_dict(model.state_dict())
     other.eval()
     images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
@@ -75,11 +73,11 @@ def as_torchvision(model: nn.Module) -> nn.Module:
 
 def _write_torchvision(model: nn.Module, path: Path) -> str:
     """safetensors with the names of torchvision's ResNet, without `fc`."""
-    metadata = {'format': 'pt', **{k: json.dumps(v) for k, v in _input_config(model).items()}}
+    config = _input_config(model)
+    metadata = {'format': 'pt', **{k: json.dumps(v) for k, v in config.items()}}
     save_file(as_torchvision(model).state_dict(), path, metadata=metadata)
-    name = model.pretrained_cfg['architecture']
     return (
-        f'model = torchvision.models.{name}(); model.fc = torch.nn.Identity(); '
+        f"model = torchvision.models.{config['architecture']}(); model.fc = torch.nn.Identity(); "
         f'model.load_state_dict(safetensors.torch.load_file(...))')
 
 
@@ -115,10 +113,11 @@ def _write_onnx(model: nn.Module, path: Path) -> str:
     """ONNX from torch's exporter, for any batch size, with the input configuration as JSON under `input_config`."""
     if find_spec('onnxscript') is None:
         raise InputError('to=onnx: needs two packages, pip install onnx onnxscript')
+    images = torch.zeros(2, *model.pretrained_cfg['input_size'])
     with checking('to', 'onnx', RuntimeError):
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, *model.pretrained_cfg['input_size']),),
+            (images,),
             dynamo=True,
             verbose=False,
             input_names=['images'],
@@ -130,27 +129,15 @@ def _write_onnx(model: nn.Module, path: Path) -> str:
     return 'onnxruntime.InferenceSession(...).run(None, {"images": ...}); the input configuration is in its metadata'
 
 
-class Format(NamedTuple):
-    """A file format: its suffix, and a function that writes a model and returns how the file is used."""
-    suffix: str
-    write: Callable[[nn.Module, Path], str]
-
-
-FORMATS = {
-    'torchvision': Format('.safetensors', _write_torchvision),
-    'detectron2': Format('.pth', _write_detectron2),
-    'onnx': Format('.onnx', _write_onnx),
+FORMATS = {  # suffix of the file, and a function that writes a model and returns how the file is used
+    'torchvision': ('.safetensors', _write_torchvision),
+    'detectron2': ('.pth', _write_detectron2),
+    'onnx': ('.onnx', _write_onnx),
 }
 
 
 def convert(source: str, to: str, output: Union[str, Path]) -> None:
-    """Write a backbone for another library, and log how the file is used there.
-
-    Args:
-        source: run folder, its `export/` or its checkpoint file; any folder in timm's hub format; or
-            `hf-hub:owner/name[@revision]`
-        to: a key of `FORMATS`
-        output: file to write
+    """Write a backbone (see `find_source`; a file must be a run's checkpoint) in one of `FORMATS`, and log its use.
 
     Raises:
         InputError: no such backbone, one that the format does not support, or a file that cannot be written

@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
-import timm
 import torch
-import torch.nn as nn
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from timm_cgh.data import data_name
 from timm_cgh.download import hub_reason, redact
@@ -20,7 +18,6 @@ from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows
 from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
-from .convert import as_torchvision
 from .results import read_knn_checks, read_result
 
 __all__ = ['check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_args', 'write_folder']
@@ -33,15 +30,11 @@ _LOCAL_OPTIONS = (
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Check that a repository id is `owner/name`.
-
-    Raises:
-        InputError: it is not
-    """
+    """Check that a repository id is `owner/name`, else raise an `InputError`."""
     with checking('repo_id', repo_id, ValueError):
         validate_repo_id(repo_id)
-    if repo_id.count('/') != 1:
-        raise InputError(f'repo_id={repo_id}: must be OWNER/NAME')
+        if repo_id.count('/') != 1:
+            raise ValueError('must be OWNER/NAME')
 
 
 class _RunArguments(dict):
@@ -52,11 +45,7 @@ class _RunArguments(dict):
 
 
 def read_args(run: Union[str, Path]) -> Dict[str, Any]:
-    """A run's `args.yaml`.
-
-    Raises:
-        InputError: no such file, or not a run's; also later, when an option that it lacks is read
-    """
+    """A run's `args.yaml`; no such file, one of something else, and an option that it lacks raise an `InputError`."""
     path = Path(run) / 'args.yaml'
     try:
         args = yaml.safe_load(path.read_text(encoding='utf-8'))
@@ -87,16 +76,12 @@ def write_args(folder: Union[str, Path], facts: Facts) -> None:
         yaml.safe_dump(args, file, default_flow_style=None, sort_keys=False)
 
 
-def _write_weights(source: Path, target: Path, float16: bool) -> str:
-    """Copy `model.safetensors`, rounded if `float16`; returns its SHA-256.
-
-    Raises:
-        InputError: values that are not finite, in the run or in float16
-    """
-    state = load_file(source)
+def _write_weights(export: Path, state: Dict[str, torch.Tensor], target: Path, float16: bool) -> str:
+    """Copy `model.safetensors` if its values are finite, rounded if `float16`; returns its SHA-256."""
+    source = export / 'model.safetensors'
     if float16:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    bad = sorted(k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all())
+    bad = [k for k, v in state.items() if not v.isfinite().all()]
     if bad:
         where = ' in float16' if float16 else ''
         raise InputError(f'{source}: {bad[0]} is not finite{where} ({len(bad)} such tensors)')
@@ -106,28 +91,6 @@ def _write_weights(source: Path, target: Path, float16: bool) -> str:
         else:
             shutil.copyfile(source, temp)
         return hashlib.sha256(temp.read_bytes()).hexdigest()
-
-
-def _check_export(export: Path, trained: Optional[Mapping[str, torch.Tensor]]) -> Dict[str, Any]:
-    """Check that a folder is a run's backbone, with the weights of the run's last checkpoint; returns `config.json`."""
-    config = check_folder(export)
-    if config['num_classes']:
-        raise InputError(f"export={export}: has a classifier of {config['num_classes']} classes; give RUN/export")
-    exported = load_file(export / 'model.safetensors')
-    if trained and any(name in trained and not torch.equal(value, trained[name]) for name, value in exported.items()):
-        # the card would describe other weights
-        raise InputError(
-            f'export={export}: older than the last checkpoint of the run, which was interrupted after that export; '
-            'resume it with train.py and let it finish')
-    return config
-
-
-def _fits_torchvision(model: nn.Module) -> bool:
-    try:
-        as_torchvision(model)
-    except InputError:
-        return False
-    return True
 
 
 def write_folder(
@@ -148,12 +111,9 @@ def write_folder(
     Args:
         export: the run's `export/`, beside its `args.yaml` and `summary.csv`
         folder: to write to, created if absent
-        repo_id: `owner/name`
-        revision: branch on the Hub; default main
+        repo_id, revision, license, code: see `Facts`; the license is an identifier of the Hub
         results: JSON files of the evaluation scripts
         dataset: name of the training images in the card; default that of `args.yaml`
-        license: of the weights, an identifier of the Hub
-        code: GitHub repository of this code
         float16: store half precision
         include_task: the training state is published as well
         checkpoint: content of the run's last checkpoint, if there is one; its weights must be the export's
@@ -167,39 +127,40 @@ def write_folder(
     """
     export, folder = Path(export), Path(folder)
     args, rows = read_args(export.parent), read_rows(str(export.parent / 'summary.csv'))
-    config = _check_export(export, checkpoint and checkpoint['state_dict'])
-    model, architecture = load_folder(export).eval(), config['architecture']
-    progress = checkpoint['progress'] if checkpoint else {}
+    config, model = check_folder(export), load_folder(export).eval()
+    if config['num_classes']:
+        raise InputError(f"export={export}: has a classifier of {config['num_classes']} classes; give RUN/export")
+    checkpoint = checkpoint or dict(state_dict={}, progress={})
+    state, trained = model.state_dict(), checkpoint['state_dict']
+    if any(name in trained and not torch.equal(value, trained[name]) for name, value in state.items()):
+        # the card would describe other weights
+        raise InputError(
+            f'export={export}: older than the last checkpoint of the run, which was interrupted after that export; '
+            f'resume it with train.py and let it finish')
+    progress, digest = checkpoint['progress'], weights_digest(model)
     dataset = dataset or data_name(args['dataset'], args['data_dir'])
-    digest = weights_digest(model)
     evaluations = [
         *read_knn_checks(rows, args, dataset, progress.get('knn_before')),
-        *(read_result(path, architecture, export, digest) for path in results)]
+        *(read_result(path, config['architecture'], export, digest) for path in results)]
+    config['pretrained_cfg'].update(license=license, paper_name=PAPER)
     with checking('output', folder, OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        sha256 = _write_weights(export / 'model.safetensors', folder / 'model.safetensors', float16)
-    config['pretrained_cfg'].update(license=license, paper_name=PAPER)
-    facts = Facts(
-        repo_id=repo_id,
-        revision=revision,
-        config=config,
-        args=args,
-        epochs=epochs_done(rows),
-        processes=progress.get('order', {}).get('world_size'),
-        dataset=dataset,
-        results=evaluations,
-        num_features=model.head_hidden_size,
-        sha256=sha256,
-        float16=float16,
-        stock=timm.models.model_entrypoint(architecture).__module__.startswith('timm.'),
-        torchvision=_fits_torchvision(model),
-        task=include_task,
-        license=license,
-        code=code,
-    )
-    card = model_card(facts)
-    with checking('output', folder, OSError):
-        for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', str(card))):
+        facts = Facts(
+            repo_id=repo_id,
+            revision=revision,
+            config=config,
+            args=args,
+            epochs=epochs_done(rows),
+            processes=progress.get('order', {}).get('world_size'),
+            dataset=dataset,
+            results=evaluations,
+            model=model,
+            sha256=_write_weights(export, state, folder / 'model.safetensors', float16),
+            float16=float16,
+            task=include_task,
+            code=code,
+        )
+        for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', str(model_card(facts)))):
             with atomic_write(folder / name) as file:
                 file.write(text)
     return facts
@@ -212,7 +173,8 @@ def table_row(facts: Facts, commit: str) -> str:
         'hf_hub_id': f'{facts.repo_id}@{commit}',
         'sha256': facts.sha256,
         **{name: tuple(cfg[name]) for name in ('input_size', 'mean', 'std')},
-        **{name: cfg[name] for name in ('interpolation', 'crop_pct')},
+        'interpolation': cfg['interpolation'],
+        'crop_pct': cfg['crop_pct'],
         'metrics': {f'{r.name}, {r.dataset}': round(r.top1, 2) for r in facts.results if r.own},
     }
     return f"'cgh_{facts.architecture}.{cfg['tag']}': {row},"
@@ -225,14 +187,9 @@ def upload(
         private: bool = False,
         revision: Optional[str] = None,
 ) -> str:
-    """Upload files in one commit, as the user that the Hub's client is logged in as; creates the repository if needed.
+    """Upload files of a folder in one commit, as the user that the Hub's client is logged in as.
 
-    Args:
-        folder: of the files
-        names: of the files, in the folder and in the repository
-        repo_id: `owner/name`
-        private: make the repository private
-        revision: branch, created if needed; default main
+    Creates the repository, and the branch (`revision`, default main), where needed.
 
     Returns:
         hash of the commit
@@ -247,12 +204,9 @@ def upload(
             raise InputError(f'private: {repo_id} exists and is public')
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, Path(folder) / name) for name in names],
-            commit_message=f"Upload {', '.join(names)} with timm-cgh",
-            revision=revision,
-        ).oid
+        message = f"Upload {', '.join(names)} with timm-cgh"
+        operations = [CommitOperationAdd(name, Path(folder) / name) for name in names]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision).oid
     except InputError:
         raise
     except Exception as error:  # the types depend on the client's version and its network library

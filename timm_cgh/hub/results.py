@@ -1,7 +1,7 @@
 """Results of a run's evaluations, each with its protocol."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 from timm_cgh.errors import InputError
 
@@ -9,26 +9,35 @@ __all__ = ['Result', 'read_knn_checks', 'read_result']
 
 
 class Result(NamedTuple):
-    """An accuracy and how it was measured.
-
-    Args:
-        name: of the evaluation
-        dataset: evaluated on
-        top1, top5: percent; no top5 where it was not measured
-        protocol: all that a reader needs to repeat the evaluation
-        settings: the same for programs
-        own: of the published weights, not of a baseline or an earlier epoch
-    """
-    name: str
-    dataset: str
-    top1: float
-    top5: Optional[float]
-    protocol: str
-    settings: Dict[str, Any]
-    own: bool = True
+    """An accuracy and how it was measured."""
+    name: str  # of the evaluation
+    dataset: str  # evaluated on
+    top1: float  # percent
+    top5: Optional[float]  # percent, None where it was not measured
+    protocol: str  # all that a reader needs to repeat the evaluation
+    settings: Dict[str, Any]  # the same for programs
+    own: bool = True  # of the published weights, not of a baseline or an earlier epoch
 
 
-_VOTE = 'vote of the k nearest neighbours by cosine similarity of frozen features, weighted by exp(similarity / {:g})'
+_VOTE = (
+    'vote of the k nearest neighbours by cosine similarity of frozen features, weighted by '
+    'exp(similarity / {temperature:g})')
+_LINEAR = (
+    'linear classifier on the frozen backbone, {epochs} epochs on %s, learning rate {lr:g} per 256 images{choice}')
+_PROTOCOLS = {  # name of the result, how it was measured, and the settings that a program wants
+    'knn': ('kNN, k = {k}', _VOTE + '{choice}', ('k', 'temperature')),
+    'linear': ('Linear', _LINEAR % 'random crops', ('epochs', 'lr')),
+    'linear, cached features': ('Linear', _LINEAR % 'cached features of centre crops', ('epochs', 'lr')),
+    'semi-supervised': (
+        'Fine-tuned on {percent:g} % of the labels',
+        'whole network fine-tuned for {epochs} epochs, learning rate {lr:g}, {lr_head:g} for the classifier',
+        ('percent', 'epochs', 'lr', 'lr_head'),
+    ),
+}
+_IMAGES = (
+    '; {train_images} labelled training images, {val_images} validation images of {num_classes} classes '
+    '(split {val_split}); {img_size} px, {crop:g} % centre crop, {interpolation}')
+_BASELINES = {'random': 'random weights', 'pixels': 'raw pixels'}
 
 
 def read_knn_checks(
@@ -37,71 +46,26 @@ def read_knn_checks(
         dataset: str,
         untrained: Optional[float] = None,
 ) -> List[Result]:
-    """The last kNN check of `train.py` and the one before training; empty for a run without.
-
-    Args:
-        rows: of `summary.csv`
-        args: of `args.yaml`
-        dataset: its name
-        untrained: accuracy of the backbone before training, percent
-    """
+    """The last kNN check of `train.py` and the one before training (`untrained`, percent); empty for a run without."""
     row = next((row for row in reversed(rows) if row.get('eval_knn')), None)
     if row is None:
         return []
     split = args['val_split'] or 'the validation split, or a fifth of the training images where there is none'
     protocol = (
-        f'{_VOTE.format(0.07)}; the best of k = 10, 20, 100, 200 on the validation images ({split}); at most '
-        f'{args["knn_images"]} labelled images each for training and validation')
+        f'{_VOTE.format(temperature=0.07)}; the best of k = 10, 20, 100, 200 on the validation images ({split}); '
+        f'at most {args["knn_images"]} labelled images each for training and validation')
     epoch = int(row['epoch']) + 1
     settings = dict(epoch=epoch, temperature=0.07, images=args['knn_images'])
-    name = f'kNN after epoch {epoch}'
-    results = [Result(name, dataset, float(row['eval_knn']), None, protocol, settings, own=row is rows[-1])]
+    top1, own = float(row['eval_knn']), row is rows[-1]
+    results = [Result(f'kNN after epoch {epoch}', dataset, top1, None, protocol, settings, own)]
     if untrained is not None:
         results.append(Result('kNN before training', dataset, untrained, None, 'as above', {}, own=False))
     return results
 
 
-class _Protocol(NamedTuple):
-    name: str
-    text: str
-    keys: Tuple[str, ...]  # of the evaluation's settings
-
-
-def _best_of(choices: str) -> str:
-    return f'the best of {choices} on the validation images'
-
-
-def _knn(results: Mapping[str, Any]) -> _Protocol:
-    choice = f"; {_best_of('k = ' + ', '.join(results['knn']))}" if len(results['knn']) > 1 else ''
-    return _Protocol(f'kNN, k = {results["k"]}', _VOTE.format(results['temperature']) + choice, ('k', 'temperature'))
-
-
-def _linear(results: Mapping[str, Any]) -> _Protocol:
-    views = 'cached features of centre crops' if 'cached' in results['protocol'] else 'random crops'
-    rates = len(results['heads'])
-    choice = f', {_best_of(str(rates))}' if rates > 1 else ''
-    text = (
-        f'linear classifier on the frozen backbone, {results["epochs"]} epochs on {views}, learning rate '
-        f'{results["lr"]:g} per 256 images{choice}')
-    return _Protocol('Linear', text, ('epochs', 'lr'))
-
-
-def _semisup(results: Mapping[str, Any]) -> _Protocol:
-    text = (
-        f'whole network fine-tuned for {results["epochs"]} epochs, learning rate {results["lr"]:g}, '
-        f'{results["lr_head"]:g} for the classifier')
-    name = f'Fine-tuned on {results["percent"]:g} % of the labels'
-    return _Protocol(name, text, ('percent', 'epochs', 'lr', 'lr_head'))
-
-
-_BASELINES = {'random': 'random weights', 'pixels': 'raw pixels'}
-_PROTOCOLS = {'knn': _knn, 'linear': _linear, 'linear, cached features': _linear, 'semi-supervised': _semisup}
-
-
 def _check_model(results: Mapping[str, Any], architecture: str, export: Path) -> None:
-    """Refuse results that may be another model's: the last two folders of its path must be those of the export.
-
-    Baselines are accepted for the same architecture: random weights and raw pixels.
+    """Refuse results that may be another model's: the last two folders of its path must be those of the export, or they
+    must be a baseline of the same architecture (random weights, raw pixels).
     """
     model, weights = str(results['model']), results.get('weights', 'its own')
     source, _, folder = model.partition(':')
@@ -115,34 +79,35 @@ def _check_model(results: Mapping[str, Any], architecture: str, export: Path) ->
 
 
 def _parse(results: Mapping[str, Any]) -> Result:
-    protocol = _PROTOCOLS[results['protocol']](results)
+    name, text, keys = _PROTOCOLS[results['protocol']]
+    choices = f'k = {", ".join(results["knn"])}' if 'knn' in results else len(results.get('heads', ()))
+    several = len(results.get('knn', results.get('heads', ()))) > 1
+    values = {
+        'dataset': 'not recorded',
+        'val_split': 'not recorded',
+        **results,
+        'choice': f'; the best of {choices} on the validation images' if several else '',
+        'crop': 100 * results['crop_pct'],
+    }
     baseline = _BASELINES.get(results.get('weights', ''))
-    images = (
-        f'{results["train_images"]} labelled training images, {results["val_images"]} validation images of '
-        f'{results["num_classes"]} classes (split {results.get("val_split", "not recorded")}); '
-        f'{results["img_size"]} px, {100 * results["crop_pct"]:g} % centre crop, {results["interpolation"]}')
-    keys = (*protocol.keys, 'train_images', 'val_images', 'num_classes', 'img_size', 'crop_pct')
+    settings = (*keys, 'train_images', 'val_images', 'num_classes', 'img_size', 'crop_pct')
     return Result(
-        name=f'{protocol.name}, {baseline}' if baseline else protocol.name,
-        dataset=str(results.get('dataset', 'not recorded')),
+        name=name.format(**values) + (f', {baseline}' if baseline else ''),
+        dataset=str(values['dataset']),
         top1=float(results['top1']),
         top5=results.get('top5'),
-        protocol=f'{protocol.text}; {images}',
-        settings={key: results[key] for key in keys},
+        protocol=(text + _IMAGES).format(**values),
+        settings={key: results[key] for key in settings},
         own=baseline is None,
     )
 
 
 def read_result(path: Union[str, Path], architecture: str, export: Path, digest: Optional[str] = None) -> Result:
-    """The result in a results file of an evaluation script.
-
-    Args:
-        path: JSON file
-        architecture, export: of the model to publish, and its folder
-        digest: of its weights (`weights_digest`); results of weights that the run had earlier are refused
+    """The result in a results file (JSON) of an evaluation script.
 
     Raises:
-        InputError: not such a file, or of another model
+        InputError: not such a file, or of another model than the architecture in the export folder, whose
+            `weights_digest` is `digest`
     """
     try:
         results = json.loads(Path(path).read_text(encoding='utf-8'))

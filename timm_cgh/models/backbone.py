@@ -17,10 +17,7 @@ _LOCAL_PREFIX = 'local-dir:'  # timm's
 
 
 def check_model_name(model: str) -> None:
-    """Check that timm has a model of this name.
-
-    Args:
-        model: timm model name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME` (not looked up)
+    """Check that timm has a model of this name, or that it is a folder (`local-dir:`); the Hub is not asked.
 
     Raises:
         InputError: unknown to timm, with the most similar names; or a folder without a `config.json`
@@ -84,8 +81,8 @@ def resolve_data_config(
         pretrained_cfg: the model's
         in_chans: channels of the images
         img_size: side, px, or (H, W)
-        mean, std: of pixels in [0, 1]; one value per channel, or one for all of them. The model's own colour values are
-            averaged for grey images.
+        mean, std: of pixels in [0, 1]; one value per channel, or one for all of them. The model's own are averaged for
+            images with another number of channels
         interpolation: for resizing
 
     Returns:
@@ -97,10 +94,8 @@ def resolve_data_config(
     chans = in_chans or pretrained_cfg['input_size'][0]
     size = img_size or pretrained_cfg['input_size'][1:]
     height, width = (size, size) if isinstance(size, int) else size
-    config: Dict[str, Any] = dict(
-        input_size=(chans, height, width),
-        interpolation=interpolation or pretrained_cfg.get('interpolation') or 'bilinear',
-    )
+    interpolation = interpolation or pretrained_cfg.get('interpolation') or 'bilinear'
+    config: Dict[str, Any] = dict(input_size=(chans, height, width), interpolation=interpolation)
     for name, given in (('mean', mean), ('std', std)):
         values = list(given or pretrained_cfg[name])
         if len(values) != chans:
@@ -126,9 +121,8 @@ def plain_names(wrapper: Iterable[str], plain: Iterable[str]) -> Dict[str, str]:
     for key in plain:
         # timm's wrappers hold either the whole model as `model`, or its children, with nested names joined by `_`
         candidates = [f'model.{key}', *(key.replace('.', '_', joints) for joints in range(key.count('.')))]
-        name = next((candidate for candidate in candidates if candidate in own), None)
-        if name is not None:
-            names[key] = name
+        if found := [candidate for candidate in candidates if candidate in own]:
+            names[key] = found[0]
     return names
 
 
@@ -137,11 +131,10 @@ def plain_backbone(
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
         **model_kwargs: Any,
 ) -> nn.Module:
-    """The plain timm model that a backbone's weights belong to.
+    """The plain timm model that a backbone's weights belong to; a plain model is returned as it is.
 
-    A plain model is returned as it is. The weights of a `features_only` wrapper are copied into a new model of the same
-    architecture; its attribute `untrained_keys` lists the tensors that the wrapper lacks (layers behind the last map),
-    which keep their initial values.
+    The weights of a `features_only` wrapper are copied into a new model of the same architecture; its attribute
+    `untrained_keys` lists the tensors that the wrapper lacks (layers behind the last map) and that stay as they are.
 
     Args:
         backbone: timm model or `features_only` wrapper

@@ -5,7 +5,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import timm
 import torch
@@ -19,8 +19,7 @@ from timm_cgh.errors import InputError, checking, reason
 from .matching import backbone_state, misfits
 
 __all__ = [
-    'check_fits', 'check_folder', 'find_source', 'load_folder', 'load_weights', 'read_file', 'run_arguments',
-    'weights_digest']
+    'check_folder', 'find_source', 'load_folder', 'load_weights', 'read_file', 'run_arguments', 'weights_digest']
 
 
 def read_file(path: Union[str, Path], parameter: str = 'checkpoint', mmap: bool = False) -> Dict[str, Any]:
@@ -28,7 +27,7 @@ def read_file(path: Union[str, Path], parameter: str = 'checkpoint', mmap: bool 
 
     Args:
         path: file
-        parameter: that names the file, for messages
+        parameter: its name in messages
         mmap: read tensors when they are used, where the file's format allows it
 
     Raises:
@@ -67,9 +66,8 @@ def find_source(
     """The file, or the folder in timm's hub format, that holds the weights that a user names.
 
     Args:
-        source: checkpoint file; folder of a run, its `export/` or any other folder in timm's hub format; or
-            `hf-hub:owner/name[@revision]`, which is downloaded
-        parameter: that names the source, for messages
+        source: file; folder of a run, its `export/` or another in timm's hub format; or `hf-hub:owner/name[@revision]`
+        parameter: its name in messages
         cache_dir: of downloads; default the Hub client's
 
     Raises:
@@ -79,10 +77,10 @@ def find_source(
         with checking(parameter, source, RuntimeError):
             return Path(fetch_folder(str(source), cache_dir=cache_dir))
     path = Path(source).expanduser()
-    if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f'{parameter}={source}: no such file')
+    if path.is_file():
         return path
+    if not path.is_dir():
+        raise InputError(f'{parameter}={source}: no such file')
     for folder in (path / 'export', path):
         if (folder / 'config.json').is_file():
             return folder
@@ -101,7 +99,7 @@ def load_weights(
         model: plain timm model with `num_classes=0`; or a `features_only` wrapper, by its own names or a plain model's
         source: see `find_source`
         teacher: take the averaged network
-        parameter: that names the source, for messages
+        parameter: its name in messages
 
     Returns:
         where in the file the weights were, '' for the top level
@@ -116,30 +114,12 @@ def load_weights(
     return where
 
 
-def check_fits(
-        found: Mapping[str, Sequence[int]],
-        wanted: Mapping[str, Sequence[int]],
-        at_fault: Union[str, Path],
-) -> None:
-    """Compare the tensors of a file with those of a model.
-
-    Args:
-        found, wanted: name -> shape
-        at_fault: file or parameter, for the message
-
-    Raises:
-        InputError: names what is missing, unexpected, or has another shape
-    """
-    if words := misfits(found, wanted):
-        raise InputError(f'{at_fault}: {words}')
-
-
 def check_folder(folder: Union[str, Path], architecture: Optional[str] = None) -> Dict[str, Any]:
     """Check that a folder in timm's hub format is complete and that its weights fit the model that it describes.
 
     Args:
         folder: holds `config.json` and `model.safetensors`
-        architecture: that it must hold; default any that timm knows
+        architecture: that it must hold; default any
 
     Returns:
         content of `config.json`
@@ -148,35 +128,31 @@ def check_folder(folder: Union[str, Path], architecture: Optional[str] = None) -
         InputError: a file is missing or broken, or the weights are another architecture's
     """
     config_path, weights_path = Path(folder, 'config.json'), Path(folder, 'model.safetensors')
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise InputError(f"{folder}: has no {path.name}; give a run's export folder")
+    if absent := [path.name for path in (config_path, weights_path) if not path.is_file()]:
+        raise InputError(f"{folder}: has no {absent[0]}; give a run's export folder")
     try:
         config = json.loads(config_path.read_text(encoding='utf-8'))
-        found = config['architecture']
+        name = config['architecture']
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f'{config_path}: not the configuration of a timm model') from error
-    if architecture is not None and found != architecture:
-        raise InputError(f'{folder}: holds a {found}, not a {architecture}')
+    if architecture not in (None, name):
+        raise InputError(f'{folder}: holds a {name}, not a {architecture}')
     try:
         with safe_open(weights_path, framework='pt') as file:  # compares the header with the length of the file
-            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+            found = {k: torch.empty(file.get_slice(k).get_shape(), device='meta') for k in sorted(file.keys())}
     except SafetensorError as error:
         raise InputError(f'{weights_path}: not a complete safetensors file ({reason(error)})') from error
     # the file's own arguments go to the constructor
     refusals = (AssertionError, KeyError, RuntimeError, TypeError, ValueError)
     with checking(str(config_path), None, *refusals), torch.device('meta'):
         model = timm.create_model(f'local-dir:{folder}')
-    check_fits(shapes, {name: value.shape for name, value in model.state_dict().items()}, weights_path)
+    if words := misfits(found, model.state_dict()):
+        raise InputError(f'{weights_path}: {words}')
     return config
 
 
 def load_folder(folder: Union[str, Path], architecture: Optional[str] = None, **kwargs: Any) -> nn.Module:
-    """The model in a folder in timm's hub format, by timm's own loader.
-
-    Args:
-        folder, architecture: see `check_folder`
-        **kwargs: of `timm.create_model`, such as `num_classes`, `in_chans`, `features_only`
+    """The model in a folder in timm's hub format, by timm's own loader; `kwargs` are those of `timm.create_model`.
 
     Raises:
         InputError: see `check_folder`

@@ -47,9 +47,8 @@ class ContextEncoder(nn.Module):
     """Image -> global and hypercolumn embedding, in one pass of a timm backbone (Sec. 3.2, 3.4).
 
     The global context is the pooled feature that the plain timm model (`num_classes=0`) returns, so every part of the
-    backbone is trained, including the layers behind the last stage, and `encoder.backbone.state_dict()` is the plain
-    model's. For a backbone built with `features_only=True` the global context is the average of its last map, and the
-    stages are those that it was built with.
+    backbone is trained, including the layers behind the last stage. For a backbone built with `features_only=True` it
+    is the average of the last map, and the stages are those that it was built with.
 
     Args:
         backbone: timm model name, or a timm module
@@ -95,16 +94,14 @@ class ContextEncoder(nn.Module):
             map_chs = backbone.feature_info.channels()
             global_dim = map_chs[-1]
         else:
-            info = backbone.feature_info
-            reductions = FeatureInfo(info, 1).reduction(list(range(len(info))))
-            depth = len(reductions)
-            self.out_indices = list(default_out_indices(reductions) if out_indices is None else out_indices)
-            bad = [i for i in self.out_indices if not -depth <= i < depth]
-            if bad or not self.out_indices:
+            info, depth = backbone.feature_info, len(backbone.feature_info)
+            if out_indices is None:
+                out_indices = default_out_indices(FeatureInfo(info, 1).reduction(list(range(depth))))
+            if not out_indices or not all(-depth <= i < depth for i in out_indices):
                 raise ValueError(
-                    f'out_indices {tuple(self.out_indices)}: {type(backbone).__name__} has {depth} feature maps, '
+                    f'out_indices {tuple(out_indices)}: {type(backbone).__name__} has {depth} feature maps, '
                     f'{-depth} to {depth - 1}')
-            self.out_indices = sorted(i % depth for i in self.out_indices)  # timm returns maps in network order
+            self.out_indices = sorted(i % depth for i in out_indices)  # timm returns maps in network order
             map_chs = [info[i]['num_chs'] for i in self.out_indices]
             global_dim = backbone.head_hidden_size
 
@@ -131,14 +128,12 @@ class ContextEncoder(nn.Module):
         return self.backbone.forward_head(final, pre_logits=True), found
 
     def forward(self, x: torch.Tensor, *crops: torch.Tensor) -> Contexts:
-        """
-        Args:
-            x: (B, C, H, W) normalised images
-            crops: further views of the same images (multi-crop), each of any size, for the global context only; views
-                of one size pass the network in one batch
+        """(B, C, H, W) normalised images -> `Contexts` of (B, embed_dim) unit rows.
 
-        Returns:
-            `Contexts` of (B, embed_dim) float32 unit rows; with crops, `global_embed` is (1 + crops, B, embed_dim)
+        Args:
+            x: images
+            crops: further views of them (multi-crop), of any size, for the global context only, which is then
+                (1 + crops, B, embed_dim); views of one size pass the network in one batch
         """
         views, batch = (x, *crops), len(x)
         by_size: Dict[Tuple[int, ...], List[int]] = {}
@@ -153,15 +148,14 @@ class ContextEncoder(nn.Module):
             contexts.update(zip(numbers, context.split(batch)))
             if maps and self.hypercolumn is not None:
                 hyper = self.hyper_predictor(self.hyper_projector(self.hypercolumn([m[:batch] for m in maps])))
-                hyper = _unit_rows(hyper)
         context = torch.cat([contexts[i] for i in range(len(views))]) if crops else contexts[0]
         global_embed = _unit_rows(self.predictor(self.projector(context)))
         if crops:
             global_embed = global_embed.unflatten(0, (len(views), batch))
-        return Contexts(global_embed, hyper)
+        return Contexts(global_embed, None if hyper is None else _unit_rows(hyper))
 
     @torch.jit.ignore
     def no_weight_decay(self):
-        """Names of the parameters that the backbone exempts from weight decay, for timm's optimiser factory."""
+        """Parameters that the backbone exempts from weight decay, for timm's optimiser factory."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, 'no_weight_decay') else ()
         return {f'backbone.{name}' for name in names}

@@ -36,21 +36,18 @@ def export_backbone(
 ) -> Path:
     """Write a backbone so that `timm.create_model('local-dir:<folder>', pretrained=True)` returns it.
 
-    timm writes both files. Entries of the configuration that describe the architecture's ImageNet checkpoint (tag, URL,
-    paper, licence, test size) are removed or replaced by this run's. Files are renamed into place when complete.
+    timm writes both files; what its configuration says about the architecture's ImageNet checkpoint is removed. Files
+    are renamed into place when complete.
 
     Args:
-        backbone: timm model with `num_classes=0`, or a `features_only` wrapper (see `plain_backbone`)
-        folder: to write to, created if absent
+        backbone: timm model, or a `features_only` wrapper (see `plain_backbone`)
+        folder: to write to, created if absent; it is returned
         input_size: (C, H, W) of the training images
         mean, std: normalisation, one value per channel, of pixels in [0, 1]
         tag: timm's name for this set of weights
         interpolation, crop_pct: test-time resize and centre crop
         extra: further entries of the pretrained configuration
         model_kwargs: see `plain_backbone`
-
-    Returns:
-        the folder
 
     Raises:
         OSError: the folder cannot be written
@@ -62,12 +59,7 @@ def export_backbone(
     model = copy.deepcopy(plain_backbone(backbone, **(model_kwargs or {}))).cpu()
     model.to(memory_format=torch.contiguous_format)
     data_config = dict(
-        input_size=tuple(input_size),
-        mean=tuple(mean),
-        std=tuple(std),
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-    )
+        input_size=tuple(input_size), mean=tuple(mean), std=tuple(std), interpolation=interpolation, crop_pct=crop_pct)
     # in the destination's own parent: a rename must not cross file systems
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.export-') as scratch:
         save_for_hf(model, scratch, safe_serialization=True, data_config=data_config)

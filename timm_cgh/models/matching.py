@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint, of this program or another, are those of a backbone."""
+import contextlib
 import sys
-from typing import Any, Collection, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Collection, Dict, List, Mapping, Tuple
 
 import timm
 import torch
@@ -25,12 +26,8 @@ _HEADS = (
 )
 
 
-def misfits(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
-    """How the tensors of a file differ from those of a model, in words; empty where they agree.
-
-    Args:
-        found, wanted: name -> shape
-    """
+def misfits(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """How the tensors of a file differ from those of a model in name and shape, in words; empty where they agree."""
     def some(names: List[str]) -> str:
         return ', '.join(names[:2]) + (f' ({len(names)} such)' if len(names) > 1 else '')
 
@@ -39,8 +36,8 @@ def misfits(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[in
         words.append(f'the file lacks {some(lacking)}')
     if unknown := [name for name in found if name not in wanted]:
         words.append(f'the model has no place for {some(unknown)}')
-    if reshaped := [name for name in wanted if name in found and tuple(found[name]) != tuple(wanted[name])]:
-        in_file, in_model = (tuple(shapes[reshaped[0]]) for shapes in (found, wanted))
+    if reshaped := [name for name in wanted if name in found and found[name].shape != wanted[name].shape]:
+        in_file, in_model = (tuple(tensors[reshaped[0]].shape) for tensors in (found, wanted))
         words.append(f'{some(reshaped)} is {in_file} in the file, {in_model} in the model')
     return '; '.join(words)
 
@@ -80,7 +77,7 @@ def _find_prefix(tensors: Collection[str], wanted: Collection[str], teacher: boo
 
 
 def _namings(model: nn.Module) -> List[Tuple[Dict[str, str], Collection[str]]]:
-    """The names that a model's tensors may have in a file, each with the further names that the model does not need.
+    """Names that a model's tensors may have in a file -> in the model; and names there that the model does not need.
 
     A `features_only` wrapper has its own names and those of the plain model.
     """
@@ -98,39 +95,12 @@ def _namings(model: nn.Module) -> List[Tuple[Dict[str, str], Collection[str]]]:
 def _select(
         state: Mapping[str, torch.Tensor],
         wanted: Mapping[str, torch.Tensor],
-        unwanted: Tuple[str, ...],
+        heads: Tuple[str, ...],
 ) -> Tuple[Dict[str, torch.Tensor], str]:
-    """A state dict without the tensors of the unwanted modules, and how it differs from the wanted one."""
+    """A state dict without the tensors of `heads`, and how it differs from the wanted one (see `misfits`)."""
     kept = {k: v for k, v in wanted.items() if k.endswith('num_batches_tracked')}  # which old files lack
-    kept.update({k: v for k, v in state.items() if k in wanted or not f'{k}.'.startswith(unwanted)})
-    return kept, misfits(*({name: value.shape for name, value in tensors.items()} for tensors in (kept, wanted)))
-
-
-def _match(
-        tensors: Mapping[str, torch.Tensor],
-        prefix: str,
-        wanted: Mapping[str, torch.Tensor],
-        ignored: Collection[str],
-        model: nn.Module,
-) -> Tuple[Dict[str, torch.Tensor], str]:
-    """The wanted tensors, as far as a file has them, and what keeps them from being the backbone's (see `misfits`)."""
-    classifiers = timm_config(model).get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    unwanted = tuple(f'{name}.' for name in (*_HEADS, *classifiers, *ignored))
-    state = {k[len(prefix):].replace('_orig_mod.', ''): v for k, v in tensors.items() if k.startswith(prefix)}
-    kept, words = _select(state, wanted, unwanted)
-    network = getattr(model, 'model', model) if is_features_only(model) else model
-    # timm's conversion of the names that an architecture's authors use, and of position embeddings to the model's size
-    convert = getattr(sys.modules[type(network).__module__], 'checkpoint_filter_fn', None)
-    if words and convert is not None:
-        try:
-            renamed = convert(dict(state), network)
-        except Exception:  # the conversion is for other files than this one
-            return kept, words
-        converted = _select(renamed, wanted, unwanted)
-        if not converted[1]:
-            return converted
-    return kept, words
+    kept.update({k: v for k, v in state.items() if k in wanted or not f'{k}.'.startswith(heads)})
+    return kept, misfits(kept, wanted)
 
 
 def backbone_state(
@@ -143,8 +113,7 @@ def backbone_state(
 
     Recognised are the checkpoints of this package (student and teacher), timm, MoCo (`module.encoder_q.`), DINO
     (`teacher`, `module.backbone.`), torchvision, and any other prefix before the backbone's own names; also the
-    wrappers of DDP and torch.compile. Classifiers, projectors and the like are left out; anything else that does not
-    fit is refused.
+    wrappers of DDP and torch.compile. Classifiers and projectors are left out; what else does not fit is refused.
 
     Args:
         content: of the file
@@ -159,14 +128,25 @@ def backbone_state(
         InputError: the tensors do not fit the model, or there is no averaged network
     """
     tensors, entry = _tensors(content, at_fault, teacher)
+    network = getattr(model, 'model', model) if is_features_only(model) else model
+    # timm's conversion of the names that an architecture's authors use, and of position embeddings to the model's size
+    convert = getattr(sys.modules[type(network).__module__], 'checkpoint_filter_fn', None)
+    classifiers = timm_config(model).get('classifier') or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     own, words = model.state_dict(), ''
     for names, ignored in _namings(model):
         prefix = _find_prefix(tensors, names, teacher)
+        state = {k[len(prefix):].replace('_orig_mod.', ''): v for k, v in tensors.items() if k.startswith(prefix)}
         wanted = {name: own[of_model] for name, of_model in names.items()}
-        state, words = _match(tensors, prefix, wanted, ignored, model)
+        heads = tuple(f'{name}.' for name in (*_HEADS, *classifiers, *ignored))
+        kept, words = _select(state, wanted, heads)
+        if words and convert is not None:
+            with contextlib.suppress(Exception):  # the conversion is for other files than this one
+                converted, misfit = _select(convert(dict(state), network), wanted, heads)
+                kept, words = (kept, words) if misfit else (converted, '')
         if not words:
-            where = '.'.join(filter(None, (entry, prefix.rstrip('.'))))
             if teacher and not (entry in ('task_state.teacher', *_TEACHER_CONTAINERS) or _is_averaged(prefix)):
                 raise InputError(f'{at_fault}: holds no teacher')
-            return {names[name]: value for name, value in state.items()}, where
+            where = '.'.join(filter(None, (entry, prefix.rstrip('.'))))
+            return {names[name]: value for name, value in kept.items()}, where
     raise InputError(f"{at_fault}: does not fit {timm_config(model)['architecture']}: {words}")

@@ -4,11 +4,10 @@ timm's ResNets reduce the image by 4 before their first stage and by 32 in all, 
 The usual form for small images starts with a 3x3 convolution of stride 1; `s1` also drops the max-pool (total stride
 8), `s2` keeps it (total stride 16). Everything else is timm's ResNet, parameter for parameter.
 """
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Optional
 
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 __all__ = ['SmallResNet']
@@ -39,9 +38,9 @@ class SmallResNet(ResNet):
             **kwargs: Any,
     ):
         shrink = 2 if stem_pool else 4  # stride of timm's ResNet over that of this network
-        output_stride = 32 // shrink if output_stride is None else output_stride
-        if output_stride not in (2, 4, 8, 16, 32) or output_stride < 8 // shrink:
-            natural = 32 // shrink
+        natural = 32 // shrink
+        output_stride = natural if output_stride is None else output_stride
+        if output_stride not in (2, 4, 8, 16, 32) or output_stride < natural // 4:
             raise ValueError(f'output_stride={output_stride}: must be {natural}, {natural // 2} or {natural // 4}')
         super().__init__(block, layers, in_chans=in_chans, output_stride=min(32, output_stride * shrink), **kwargs)
 
@@ -56,76 +55,44 @@ class SmallResNet(ResNet):
             info['reduction'] //= shrink
 
 
-def _cfg(img_size: int, **kwargs: Any) -> Dict[str, Any]:
-    """Default configuration of an architecture without published weights."""
-    reduction = 8 if img_size == 32 else 16
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, img_size, img_size),
-        'pool_size': (img_size // reduction, img_size // reduction),
-        'crop_pct': 1.0,  # images of native size are not resized
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1',
-        'classifier': 'fc',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+_BLOCKS = {
+    'resnet18': dict(block=BasicBlock, layers=(2, 2, 2, 2)),
+    'resnet34': dict(block=BasicBlock, layers=(3, 4, 6, 3)),
+    'resnet50': dict(block=Bottleneck, layers=(3, 4, 6, 3)),
+}
+
+
+def _cfg(img_size: int) -> PretrainedCfg:
+    return PretrainedCfg(
+        input_size=(3, img_size, img_size),
+        pool_size=(4, 4),
+        crop_pct=1.0,  # images of native size are not resized
+        interpolation='bilinear',
+        first_conv='conv1',
+        classifier='fc',
+        license='apache-2.0',
+    )
 
 
 default_cfgs = generate_default_cfgs({
-    'resnet18_s1.untrained': _cfg(32),
-    'resnet34_s1.untrained': _cfg(32),
-    'resnet50_s1.untrained': _cfg(32),
-    'resnet18_s2.untrained': _cfg(64),
-    'resnet34_s2.untrained': _cfg(64),
-    'resnet50_s2.untrained': _cfg(64),
+    f'{name}_{form}.untrained': _cfg(img_size) for form, img_size in (('s1', 32), ('s2', 64)) for name in _BLOCKS
 })
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> SmallResNet:
-    return build_model_with_cfg(SmallResNet, variant, pretrained, **kwargs)
+def _entry_point(variant: str) -> Callable[..., SmallResNet]:
+    name, form = variant.split('_')
+
+    def create(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
+        model_args = dict(_BLOCKS[name], stem_pool=form == 's2')
+        return build_model_with_cfg(SmallResNet, variant, pretrained, **dict(model_args, **kwargs))
+
+    create.__name__ = create.__qualname__ = variant  # timm registers it under its name
+    return register_model(create)
 
 
-@register_model
-def resnet18_s1(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    """ResNet-18 for 32 px images: 3x3 stride-1 first convolution, no max-pool."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_pool=False)
-    return _create('resnet18_s1', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet34_s1(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    """ResNet-34 for 32 px images: 3x3 stride-1 first convolution, no max-pool."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), stem_pool=False)
-    return _create('resnet34_s1', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet50_s1(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    """ResNet-50 for 32 px images: 3x3 stride-1 first convolution, no max-pool."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_pool=False)
-    return _create('resnet50_s1', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet18_s2(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    """ResNet-18 for 64 px images: 3x3 stride-1 first convolution, max-pool kept."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_pool=True)
-    return _create('resnet18_s2', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet34_s2(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    """ResNet-34 for 64 px images: 3x3 stride-1 first convolution, max-pool kept."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), stem_pool=True)
-    return _create('resnet34_s2', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet50_s2(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-    """ResNet-50 for 64 px images: 3x3 stride-1 first convolution, max-pool kept."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_pool=True)
-    return _create('resnet50_s2', pretrained, **dict(model_args, **kwargs))
+resnet18_s1 = _entry_point('resnet18_s1')
+resnet34_s1 = _entry_point('resnet34_s1')
+resnet50_s1 = _entry_point('resnet50_s1')
+resnet18_s2 = _entry_point('resnet18_s2')
+resnet34_s2 = _entry_point('resnet34_s2')
+resnet50_s2 = _entry_point('resnet50_s2')

@@ -1,9 +1,11 @@
 """Labels are read without the images, and a subset keeps to its own images."""
+import pytest
 from torch.utils.data import Subset
 from torchvision.datasets import INaturalist
 
-from data_files import write_classes, write_images, write_tar
+from data_files import picture, write_classes, write_images, write_tar
 from timm_cgh.data import ImageSubset, open_dataset, read_labels
+from timm_cgh.data.decode import UNREADABLE
 
 
 def test_labels_of_folder_tar_and_subset_are_those_of_the_items(tmp_path):
@@ -28,9 +30,11 @@ def test_labels_of_inaturalist_are_those_of_the_items(tmp_path):
     assert read_labels(dataset).tolist() == [dataset[i][1] for i in range(4)] == [0, 0, 1, 1]
 
 
-def test_subset_replaces_an_unreadable_image_within_itself(tmp_path):
+def test_subset_never_gives_another_image_for_an_unreadable_one(tmp_path):
     write_images(tmp_path, 4)
     (tmp_path / '001.png').write_bytes(b'broken')
-    dataset = open_dataset('', str(tmp_path))
-    subset = ImageSubset(dataset, [1, 3], 'L')
-    assert subset[0][0].tobytes() == subset.__getitems__([0, 1])[1][0].tobytes() and subset[0][0].mode == 'L'
+    subset = ImageSubset(open_dataset('', str(tmp_path)), [1, 3], 'L')
+    with pytest.raises(UNREADABLE):
+        subset[0]
+    (image, _), = subset.__getitems__([1])
+    assert image.mode == 'L' and image.tobytes() == picture(3, mode='L').tobytes()

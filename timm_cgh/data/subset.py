@@ -4,7 +4,7 @@ from typing import List, Sequence, Tuple
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from .decode import read_or_substitute
+from .decode import read_image
 
 __all__ = ['ImageSubset']
 
@@ -12,7 +12,7 @@ __all__ = ['ImageSubset']
 class ImageSubset(Subset):
     """Chosen images of a data set, as (PIL image, label) items of one mode.
 
-    An unreadable image is replaced by another one of the subset.
+    An unreadable image raises one of `timm_cgh.data.decode.UNREADABLE`, where timm would give another image.
 
     Args:
         dataset: map-style
@@ -25,8 +25,7 @@ class ImageSubset(Subset):
         self.mode = mode
 
     def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
-        image, label, _ = read_or_substitute(self, index, self.mode)
-        return image, label
+        return read_image(self, index, self.mode)
 
     def __getitems__(self, indices: List[int]) -> List[Tuple[Image.Image, int]]:
         return [self[index] for index in indices]

@@ -4,8 +4,10 @@ import json
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from backbones import randomise
+from conftest import REPOSITORY
 from timm_cgh import ContextEncoder
 from timm_cgh.models import create_backbone
 from timm_cgh.models.export import export_backbone
@@ -41,6 +43,41 @@ def test_config_describes_this_run_and_not_the_imagenet_checkpoint(tmp_path):
     assert cfg['tag'] == 'cgh_cross_3ep' and cfg['input_size'] == [3, 32, 32] and cfg['mean'] == [0.1, 0.2, 0.3]
     assert cfg['crop_pct'] == 1.0 and cfg['interpolation'] == 'bilinear'
     assert not {'url', 'hf_hub_id', 'paper_ids', 'origin_url', 'license', 'test_input_size', 'test_crop_pct'} & set(cfg)
+
+
+@torch.no_grad()
+def test_transformers_loads_backbones_and_classifiers(tmp_path):
+    transformers = pytest.importorskip('transformers', reason='no transformers (pip install transformers)')
+    backbone, names = randomise(create_backbone('test_resnet')).eval(), ['cat', 'dog', 'owl']
+    classifier = randomise(create_backbone('test_resnet', num_classes=3)).eval()
+    export_backbone(backbone, tmp_path / 'backbone', **CONFIG)
+    export_backbone(classifier, tmp_path / 'classifier', **CONFIG, label_names=names)
+    images, picture = torch.randn(2, 3, 32, 32), Image.new('RGB', (40, 50), 'teal')
+
+    model = transformers.AutoModel.from_pretrained(tmp_path / 'backbone')
+    torch.testing.assert_close(model(images).pooler_output, backbone(images))
+    extract = transformers.pipeline('image-feature-extraction', model=str(tmp_path / 'backbone'), pool=True)
+    transform = timm.data.create_transform(**CONFIG, interpolation='bilinear', crop_pct=1.0)
+    torch.testing.assert_close(torch.tensor(extract(picture)), backbone(transform(picture)[None]))
+
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'classifier')
+    torch.testing.assert_close(model(images).logits, classifier(images))
+    assert list(model.config.id2label.values()) == names
+    classify = transformers.pipeline('image-classification', model=str(tmp_path / 'classifier'))
+    assert {found['label'] for found in classify(picture)} == set(names)
+    assert timm.create_model(f"local-dir:{tmp_path / 'classifier'}").pretrained_cfg['label_names'] == names
+
+
+def test_transformers_loads_the_weights_of_this_repository():
+    transformers = pytest.importorskip('transformers', reason='no transformers (pip install transformers)')
+    folders = [path.parent for path in REPOSITORY.glob('weights/*/config.json')]
+    assert folders
+    for folder in folders:
+        images = torch.randn(2, 3, 32, 32)
+        plain = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images).pooler_output, plain(images))
 
 
 def test_a_classifier_can_be_put_on_an_export(tmp_path):

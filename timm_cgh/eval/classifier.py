@@ -77,7 +77,7 @@ def export_classifier(
         **data_config,
         crop_pct=eval_crop_pct(min(data_config['input_size'][1:])),
         tag=tag,
-        extra=dict(label_names=names) if names else None,
+        label_names=names,
     )
     _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -31,10 +31,10 @@ def export_backbone(
         tag: str = 'cgh',
         interpolation: str = 'bilinear',
         crop_pct: float = 1.0,
-        extra: Optional[Mapping[str, Any]] = None,
+        label_names: Optional[Sequence[str]] = None,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Path:
-    """Write a backbone so that `timm.create_model('local-dir:<folder>', pretrained=True)` returns it.
+    """Write a backbone so that `timm.create_model('local-dir:<folder>', pretrained=True)` and transformers load it.
 
     timm writes both files; what its configuration says about the architecture's ImageNet checkpoint is removed. Files
     are renamed into place when complete.
@@ -46,7 +46,7 @@ def export_backbone(
         mean, std: normalisation, one value per channel, of pixels in [0, 1]
         tag: timm's name for this set of weights
         interpolation, crop_pct: test-time resize and centre crop
-        extra: further entries of the pretrained configuration
+        label_names: of a classifier's classes
         model_kwargs: see `plain_backbone`
 
     Raises:
@@ -66,7 +66,10 @@ def export_backbone(
         config_path = Path(scratch) / 'config.json'
         config = json.loads(config_path.read_text())
         cfg = {k: v for k, v in config['pretrained_cfg'].items() if k not in _STOCK_KEYS}
-        config['pretrained_cfg'] = {'tag': tag, **cfg, **(extra or {})}
+        config['pretrained_cfg'] = {'tag': tag, **cfg}
+        config['model_args'].pop('num_classes', None)  # a second one, which transformers refuses
+        if label_names:
+            config['label_names'] = list(label_names)
         config_path.write_text(json.dumps(config, indent=2) + '\n')
         shutil.copymode(config_path, Path(scratch) / 'model.safetensors')  # safetensors' is readable by its owner only
         for name in ('model.safetensors', 'config.json'):

@@ -127,8 +127,8 @@ class Run:
             return
         restore(point, self.task, self.optimizer, self.scaler)
         progress = point.progress
-        self.epoch, self.batch, self.knn, self.knn_before, self.knn_pixels = (
-            progress.get(name) for name in ('epoch', 'batch', 'knn', 'knn_before', 'knn_pixels'))
+        self.epoch, self.batch = progress['epoch'], progress['batch']
+        self.knn, self.knn_before, self.knn_pixels = (progress.get(f'knn{name}') for name in ('', '_before', '_pixels'))
         saved = progress.get('order', {})
         if self.batch and any(saved[name] != value for name, value in self.order.items() if name in saved):
             _logger.warning(f'{point.path} was saved with another order of the images: epoch {self.epoch} starts over')

@@ -26,8 +26,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 _MAX_TRIED = 50  # unreadable images in a row that end the run: most of the data set is broken
 # What Pillow and timm's readers raise for broken files, missing files and empty cells of a table; RuntimeError: AVIF.
 UNREADABLE = (
-    AssertionError, EOFError, Image.DecompressionBombError, MemoryError, OSError, OverflowError, RuntimeError, SyntaxError,
-    TypeError, ValueError, struct.error, tarfile.TarError, zlib.error)
+    AssertionError, EOFError, Image.DecompressionBombError, MemoryError, OSError, OverflowError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, tarfile.TarError, zlib.error)
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

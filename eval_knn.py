@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import read_or_substitute
+from timm_cgh.data.decode import read_image
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor, Pixels, best_knn
@@ -71,25 +71,25 @@ def choose_backbone(args):
 def save_features(folder, names, **splits):
     """`<split>.safetensors` of `features` (N, D) float32 and `labels` (N,) int64."""
     metadata = dict(class_names=json.dumps(names)) if names else None
-    for split, (features, labels) in splits.items():
+    for split, (features, labels, _) in splits.items():
         path = os.path.join(folder, f'{split}.safetensors')
         with checking('save_features', folder, OSError), atomic_path(path) as temporary:
             save_file(dict(features=features.contiguous(), labels=labels), temporary, metadata)
 
 
-def save_retrieval(args, data, in_chans, train_features, val_features):
+def save_retrieval(args, data, mode, train, val):
     """Plot some queries, drawn by the seed, and their nearest neighbours."""
-    count = min(args.queries, len(data.val))
-    queries = torch.randperm(len(data.val), generator=torch.Generator().manual_seed(args.seed))[:count].sort().values
-    neighbours = nearest_neighbors(train_features, val_features[queries], min(9, len(data.train)))
+    count = len(val.labels)
+    queries = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:args.queries].sort().values
+    neighbours = nearest_neighbors(train.features, val.features[queries], min(9, len(train.labels)))
 
     def read(dataset, index):
-        image, label, _ = read_or_substitute(dataset, int(index), image_mode(in_chans))
+        image, label = read_image(dataset, int(index), mode)
         image.thumbnail((160, 160))
         return image, label
 
     rows = []
-    for query, found in zip(queries, neighbours):
+    for query, found in zip(val.indices[queries], train.indices[neighbours]):
         images = [read(data.val, query), *(read(data.train, index) for index in found)]
         names = [data.class_names[label] if data.class_names else str(label) for _, label in images]
         rows.append([(image, name, label == images[0][1]) for (image, label), name in zip(images, names)])
@@ -120,9 +120,9 @@ def main(argv=None):
         save_features(args.save_features, data.class_names, train=train, validation=val)
 
     with checking('model', backbone.name, ValueError):  # features that are not finite
-        predictions = knn_predict_distributed(*train, val[0], process, ks, args.temperature)
-    labels = val[1]
-    accuracy = {k: 100 * (predicted == labels).double().mean().item() for k, predicted in predictions.items()}
+        predictions = knn_predict_distributed(
+            train.features, train.labels, val.features, process, ks, args.temperature)
+    accuracy = {k: 100 * (predicted == val.labels).double().mean().item() for k, predicted in predictions.items()}
     best, top1 = best_knn(accuracy)
     for k, value in accuracy.items():
         _logger.info(f"k {k}: top-1 {value:.3f} %{' (best)' if k == best else ''}")
@@ -131,9 +131,9 @@ def main(argv=None):
         if args.output:
             with checking('output', args.output, OSError):
                 save_class_accuracy(
-                    labels, predictions[best], os.path.join(args.output, 'classes.png'), data.class_names)
+                    val.labels, predictions[best], os.path.join(args.output, 'classes.png'), data.class_names)
                 if args.queries:
-                    save_retrieval(args, data, backbone.data_config['input_size'][0], train[0], val[0])
+                    save_retrieval(args, data, image_mode(backbone.data_config['input_size'][0]), train, val)
         write_results(dict(
             **describe_model(backbone, args.dataset, args.data_dir, args.val_split),
             protocol='knn',
@@ -141,8 +141,10 @@ def main(argv=None):
             k=best,
             knn={str(k): round(value, 4) for k, value in accuracy.items()},
             temperature=args.temperature,
-            num_features=train[0].shape[1],
-            **describe_images(backbone.data_config, data.num_classes, len(data.train), len(data.val)),
+            num_features=train.features.shape[1],
+            **describe_images(
+                backbone.data_config, data.num_classes, (len(train.labels), len(data.train)),
+                (len(val.labels), len(data.val))),
             feature_seconds=round(extracted - began, 1),
             seconds=round(time.monotonic() - began, 1),
         ), args.results_file)

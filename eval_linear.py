@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from timm.scheduler import CosineLRScheduler
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
@@ -127,7 +128,7 @@ def write_files(args, backbone, data, heads, best, predictions, labels):
         export_classifier(classifier, folder, backbone.data_config, 'linear', data.class_names)
 
 
-def report(args, backbone, data, heads, results, labels, seconds):
+def report(args, backbone, data, readable, heads, results, labels, seconds):
     """Log and write the results; returns the exit code."""
     best = log_heads(results)
     top = results[best]
@@ -142,7 +143,8 @@ def report(args, backbone, data, heads, results, labels, seconds):
         lr=top.lr,
         heads={f'{r.lr:g}': dict(top1=round(r.top1, 4), top5=round(r.top5, 4)) for r in results},
         epochs=args.epochs,
-        **describe_images(backbone.data_config, data.num_classes, len(data.train), len(data.val)),
+        **describe_images(
+            backbone.data_config, data.num_classes, (len(readable), len(data.train)), (len(labels), len(data.val))),
         seconds=round(seconds, 1),
     ), args.results_file)
     return 0
@@ -164,18 +166,21 @@ def main(argv=None):
     args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     extractor.prepare(backbone.model).requires_grad_(False)
-    val_features, val_labels = extractor(backbone.model, data.val)  # once: the backbone is frozen
+    val = extractor(backbone.model, data.val)  # once: the backbone is frozen
     if args.cache_features:
-        loader = FeatureLoader(*extractor(backbone.model, data.train), process, **arguments_of(FeatureLoader, args))
+        features, labels, readable = extractor(backbone.model, data.train)
+        loader = FeatureLoader(features, labels, process, **arguments_of(FeatureLoader, args))
     else:
-        loader = CropLoader(data.train, backbone.data_config, process, **arguments_of(CropLoader, args))
-    heads = LinearHeads(val_features.shape[1], data.num_classes, args.lr, seed=args.seed).to(process.device)
+        readable = extractor.find_readable(data.train)
+        loader = CropLoader(
+            Subset(data.train, readable.tolist()), backbone.data_config, process, **arguments_of(CropLoader, args))
+    heads = LinearHeads(val.features.shape[1], data.num_classes, args.lr, seed=args.seed).to(process.device)
     optimizer, scheduler = create_optimizer(args, heads, len(loader), process.world_size, state)
     model = DistributedDataParallel(heads) if process.distributed else heads
     recorder = Recorder(args.output if process.primary else None, settings, start_epoch)
     _logger.info(
-        f'{backbone.name}: {len(data.train)} training images of {data.num_classes} classes'
-        f"{', features extracted once' if args.cache_features else ''}, {len(data.val)} validation images, "
+        f'{backbone.name}: {len(readable)} training images of {data.num_classes} classes'
+        f"{', features extracted once' if args.cache_features else ''}, {len(val.labels)} validation images, "
         f'{len(args.lr)} heads, {args.epochs} epochs on {process.device}')
 
     began, results = time.monotonic(), None
@@ -187,7 +192,7 @@ def main(argv=None):
                 silent=not process.primary or (args.cache_features and not evaluate))
         row = {'epoch': epoch, **{f'train_loss_lr{lr:g}': loss for lr, loss in zip(args.lr, losses)}}
         if evaluate and process.primary:
-            results = evaluate_heads(heads, val_features, val_labels)
+            results = evaluate_heads(heads, val.features, val.labels)
             row.update({f'eval_top1_lr{r.lr:g}': round(r.top1, 4) for r in results})
             best = results[best_head(results)]
             _logger.info(f'epoch {epoch}: best head lr {best.lr:g}, top-1 {best.top1:.2f} %')
@@ -195,8 +200,8 @@ def main(argv=None):
 
     code = 0
     if process.primary:
-        results = results or evaluate_heads(heads, val_features, val_labels)  # None: a finished run, resumed
-        code = report(args, backbone, data, heads, results, val_labels, time.monotonic() - began)
+        results = results or evaluate_heads(heads, val.features, val.labels)  # None: a finished run, resumed
+        code = report(args, backbone, data, readable, heads, results, val.labels, time.monotonic() - began)
     end_process(process)
     return code
 

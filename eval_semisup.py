@@ -21,11 +21,12 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import NativeScaler, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, non_negative, positive)
-from timm_cgh.data import ImageSubset, image_mode, read_labels
+from timm_cgh.data import read_labels
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
@@ -177,7 +178,7 @@ def train_one_epoch(args, epoch, loader, model, extractor, optimizer, scaler):
 
 
 def report(args, backbone, data, classifier, images, logits, labels, seconds):
-    """Write plots, the classifier and the results; `images` is the number of labelled ones."""
+    """Write plots, the classifier and the results; `images`: how many labelled ones were used, of how many."""
     if args.output:
         predictions = logits.argmax(dim=1)
         save_confusion(labels, predictions, os.path.join(args.output, 'confusion.png'), data.class_names)
@@ -188,11 +189,11 @@ def report(args, backbone, data, classifier, images, logits, labels, seconds):
         **describe_model(backbone, args.dataset, args.data_dir, args.val_split),
         protocol='semi-supervised',
         **describe_accuracy(*top_accuracy(logits, labels)),
-        percent=round(100 * images / len(data.train), 4),
+        percent=round(100 * images[0] / len(data.train), 4),
         lr=args.lr,
         lr_head=args.lr_head,
         epochs=args.epochs,
-        **describe_images(backbone.data_config, data.num_classes, images, len(data.val)),
+        **describe_images(backbone.data_config, data.num_classes, images, (len(labels), len(data.val))),
         seconds=round(seconds, 1),
     ), args.results_file)
 
@@ -205,16 +206,17 @@ def main(argv=None):
     backbone = load_backbone(**arguments_of(load_backbone, args))
     data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
     chosen = choose_labelled(args, data.train)
-    images = ImageSubset(data.train, chosen, image_mode(backbone.data_config['input_size'][0]))
-    # batch norm cannot train on a single image
-    loader = CropLoader(images, backbone.data_config, process, least=2, **arguments_of(CropLoader, args))
     settings = resume_settings(args, process, backbone, data, chosen)
     state = find_state(args.output, args.resume, settings)
     start_epoch = 0 if state is None else state['epoch']
 
-    # order matters: device and memory format, SyncBN, optimiser, DDP
     args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
+    images = Subset(data.train, chosen.tolist())
+    images = Subset(images, extractor.find_readable(images).tolist())
+    # batch norm cannot train on a single image
+    loader = CropLoader(images, backbone.data_config, process, least=2, **arguments_of(CropLoader, args))
+    # order matters: device and memory format, SyncBN, optimiser, DDP
     classifier = create_classifier(args, backbone, data, extractor)
     optimizer, scheduler, scaler = create_optimizer(args, classifier, process)
     if state is not None:
@@ -225,7 +227,7 @@ def main(argv=None):
         model = DistributedDataParallel(classifier, device_ids=device_ids)
     recorder = Recorder(args.output if process.primary else None, settings, start_epoch)
     _logger.info(
-        f'{backbone.name}: {len(chosen)} of {len(data.train)} images labelled, {data.num_classes} classes, '
+        f'{backbone.name}: {len(images)} of {len(data.train)} images labelled, {data.num_classes} classes, '
         f'{len(data.val)} validation images, lr {args.lr:g} and {args.lr_head:g} (head), {args.epochs} epochs on '
         f'{process.device}')
 
@@ -244,8 +246,8 @@ def main(argv=None):
         row = {'epoch': epoch, 'train_loss': loss}
         evaluate = epoch + 1 == args.epochs or (args.val_interval and (epoch + 1) % args.val_interval == 0)
         if evaluate:
-            outputs = extractor(logits_model, data.val)
-            row['eval_top1'], row['eval_top5'] = top_accuracy(*outputs)
+            outputs = extractor(logits_model, data.val, warn_unreadable=outputs is None)
+            row['eval_top1'], row['eval_top5'] = top_accuracy(outputs.features, outputs.labels)
             _logger.info(f"epoch {epoch}: loss {loss:.4f}, top-1 {row['eval_top1']:.2f} %")
         recorder.add(
             row, evaluate, classifier=classifier.state_dict(), optimizer=optimizer.state_dict(),
@@ -253,7 +255,9 @@ def main(argv=None):
 
     outputs = outputs or extractor(logits_model, data.val)  # None: a finished run, resumed
     if process.primary:
-        report(args, backbone, data, classifier, len(chosen), *outputs, time.monotonic() - began)
+        report(
+            args, backbone, data, classifier, (len(images), len(chosen)), outputs.features, outputs.labels,
+            time.monotonic() - began)
     end_process(process)
     return 0
 

@@ -4,6 +4,7 @@ import json
 import timm
 import torch
 
+from data_files import write_classes
 from script_runner import call_script
 from timm_cgh.data import Digits
 from timm_cgh.eval import create_eval_loader
@@ -22,6 +23,16 @@ def make_encoder(folder):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
     return export_backbone(model, folder, **CONFIG)
+
+
+def write_damaged(folder):
+    """Folder of splits, 16 and 8 images of two classes, with an unreadable image in each; returns arguments of it."""
+    write_classes(folder / 'train', 8)
+    write_classes(folder / 'val', 4, first=100)
+    (folder / 'train' / 'cat' / '001.png').write_bytes(b'no image')
+    path = folder / 'val' / 'dog' / '105.png'
+    path.write_bytes(path.read_bytes()[:-100])  # cut short
+    return ['--data-dir', folder, '--in-chans', '1', *CPU]
 
 
 def load_export(folder):

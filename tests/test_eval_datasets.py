@@ -1,14 +1,20 @@
 """Labelled data of the evaluations, and features of it."""
+import os
+import shutil
+
 import pytest
 import timm
 import torch
+import torch.nn as nn
+from torch.utils.data import Subset
 
 from data_files import write_classes, write_images
 from input_errors import refused
 from timm_cgh.data import Digits
-from timm_cgh.eval import FeatureExtractor
+from timm_cgh.eval import FeatureExtractor, Pixels, create_eval_loader, extract_features
 from timm_cgh.eval.datasets import class_names, open_labelled, open_labelled_datasets
 from timm_cgh.eval.gather import block_indices
+from timm_cgh.train.monitor import KnnMonitor
 
 CONFIG = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear')
 
@@ -87,11 +93,74 @@ def test_every_image_belongs_to_one_rank(count, size, world_size):
     assert sorted(torch.cat(shares).tolist()) == list(range(count))
 
 
-def test_an_unreadable_image_is_replaced_and_named(tmp_path, caplog):
-    data_dir = write_splits(tmp_path)
+@pytest.fixture
+def damaged(tmp_path):
+    """Folder of splits with an unreadable image among the six of `train`, one cut short among the four of `val`."""
+    write_splits(tmp_path)
     (tmp_path / 'train' / 'cat' / '001.png').write_bytes(b'no image')
-    extractor = FeatureExtractor(CONFIG, batch_size=2)
-    model = timm.create_model('test_resnet', num_classes=0)
-    features, labels = extractor(model, open_labelled('', data_dir, 'train'))
-    assert torch.equal(features[1], features[4]) and labels.tolist() == [0, 1, 0, 1, 1, 1]
-    assert '001.png' in caplog.text
+    path = tmp_path / 'val' / 'dog' / '103.png'
+    path.write_bytes(path.read_bytes()[:-100])
+    return tmp_path
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('batch_size', [1, 2, 100])  # 1: a batch without images
+def test_an_unreadable_image_is_left_out_and_named(damaged, caplog, batch_size, workers):
+    extractor = FeatureExtractor(CONFIG, batch_size=batch_size, workers=workers)
+    images = open_labelled('', str(damaged), 'train')
+    features, labels, indices = extractor(timm.create_model('test_resnet', num_classes=0).eval(), images)
+    assert len(features) == 5 and labels.tolist() == [0, 0, 1, 1, 1] and indices.tolist() == [0, 2, 3, 4, 5]
+    assert caplog.text.count('Unreadable image left out: ') == 1
+    assert '001.png (cannot identify image file' in caplog.text
+    alone = extractor(timm.create_model('test_resnet', num_classes=0).eval(), Subset(images, [2]))
+    assert alone.labels.tolist() == [0] and alone.indices.tolist() == [0]
+
+
+def test_features_stay_beside_the_images_that_they_are_of(damaged):
+    pixels = Pixels(CONFIG['mean'], CONFIG['std'])
+    images = open_labelled('', str(damaged), 'train')
+    left_out = FeatureExtractor(CONFIG, batch_size=4)(pixels, images)
+    for feature, index in zip(left_out.features, left_out.indices):
+        alone, _, _ = FeatureExtractor(CONFIG)(pixels, Subset(images, [int(index)]))
+        assert torch.equal(feature, alone[0])
+
+
+def test_the_knn_check_of_training_leaves_unreadable_images_out(damaged):
+    # each validation image is a training image as well: all are right, unless another stands in for one
+    shutil.rmtree(damaged / 'val')
+    shutil.copytree(damaged / 'train', damaged / 'val')
+    sets = [open_labelled('', str(damaged), split) for split in ('train', 'validation')]
+    seen = []
+    monitor = KnnMonitor(*sets, FeatureExtractor(CONFIG))
+    monitor._extract = lambda *args: seen.append(KnnMonitor._extract(*args)) or seen[-1]
+    monitor.pixels()
+    assert [len(labels) for _, labels in seen] == [5, 5]
+
+
+def test_data_without_a_readable_image_is_refused(damaged, caplog):
+    for path in damaged.glob('train/*/*.png'):
+        path.write_bytes(b'no image')
+    with refused('data_dir', 'none of 6 images can be read', '000.png'):
+        FeatureExtractor(CONFIG)(Pixels(CONFIG['mean'], CONFIG['std']), open_labelled('', str(damaged), 'train'))
+
+
+def test_many_unreadable_images_are_named_in_part_and_counted(tmp_path, caplog):
+    write_splits(tmp_path)
+    for path in write_classes(tmp_path / 'train', 30, first=200).glob('*/*.png'):
+        if int(path.stem) > 200:
+            path.write_bytes(b'no image')
+    FeatureExtractor(CONFIG).find_readable(open_labelled('', str(tmp_path), 'train'))
+    assert caplog.text.count('Unreadable image') == 20 and '39 more images' in caplog.text
+
+
+def test_features_hold_no_file_descriptor_for_each_batch(tmp_path):
+    def counted(loader):
+        for batch in loader:
+            yield batch
+            descriptors.append(len(os.listdir('/proc/self/fd')))
+
+    images = open_labelled('', write_splits(tmp_path), 'train')
+    descriptors = []
+    loader = create_eval_loader(Subset(images, [0] * 100), CONFIG, batch_size=1, workers=1)
+    extract_features(nn.Flatten(), counted(loader))
+    assert max(descriptors) - descriptors[0] < 20

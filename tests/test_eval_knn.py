@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_tensor
 
 import eval_knn as script
 from data_files import write_classes
-from evaluations import CONFIG, DIGITS, evaluate, load_export, printed_results
+from evaluations import CONFIG, DIGITS, evaluate, load_export, printed_results, write_damaged
 from input_errors import check_refused
 from script_runner import call_script, run_torchrun
 from timm_cgh.data import Digits
@@ -93,6 +93,34 @@ def test_bad_input_is_one_line_that_names_the_option(encoder, capsys, args, name
     check_refused(capsys, script, arguments(encoder, *args), named)
 
 
+def test_unreadable_images_are_left_out_and_counted(encoder, tmp_path, caplog):
+    data = write_damaged(tmp_path / 'images')
+    args = ['--batch-size', '3', '--save-features']
+    code, results = evaluate('eval_knn', encoder, tmp_path / 'one', *args, tmp_path / 'one', data=data)
+    assert code == 0
+    assert (results['train_images'], results['train_unreadable']) == (15, 1)
+    assert (results['val_images'], results['val_unreadable']) == (7, 1)
+    assert 'cat/001.png' in caplog.text and 'dog/105.png' in caplog.text
+    saved = [load_file(tmp_path / 'one' / f'{split}.safetensors') for split in ('train', 'validation')]
+    assert [len(s['features']) for s in saved] == [15, 7]
+
+    done = run_torchrun(
+        'eval_knn.py', '--model', f'local-dir:{encoder}', *data, *args, tmp_path / 'two', '--output',
+        tmp_path / 'plots')
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = printed_results(done.stdout)
+    assert (two['knn'], two['train_unreadable'], two['val_unreadable']) == (results['knn'], 1, 1)
+    assert done.stderr.count('Unreadable image left out: ') == 2
+    for (split, one) in zip(('train', 'validation'), saved):
+        two = load_file(tmp_path / 'two' / f'{split}.safetensors')
+        assert torch.equal(one['features'], two['features']) and torch.equal(one['labels'], two['labels'])
+
+    (tmp_path / 'images' / 'train' / 'cat' / '001.png').unlink()
+    (tmp_path / 'images' / 'val' / 'dog' / '105.png').unlink()
+    without = evaluate('eval_knn', encoder, tmp_path / 'without', '--batch-size', '3', data=data)[1]
+    assert without['knn'] == results['knn'] and without['val_unreadable'] == 0
+
+
 @pytest.mark.parametrize('workers', ['0', '1'])
 def test_images_that_cannot_be_read_end_in_one_line_from_any_process(tmp_path, capsys, workers):
     for split in ('train', 'validation'):
@@ -100,7 +128,7 @@ def test_images_that_cannot_be_read_end_in_one_line_from_any_process(tmp_path, c
             path.write_bytes(b'no image')
     argv = [
         '--model', 'test_resnet', '--no-pretrained', '--data-dir', tmp_path, '--device', 'cpu', '--workers', workers]
-    stderr = check_refused(capsys, script, argv, '--data-dir: most images cannot be read')
+    stderr = check_refused(capsys, script, argv, '--data-dir: none of 4 images can be read')
     assert 'Traceback' not in stderr
 
 

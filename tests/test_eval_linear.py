@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 import eval_linear as script
 from conftest import REPOSITORY
-from evaluations import CONFIG, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving
-from input_errors import check_refused
+from data_files import write_classes
+from evaluations import (
+    CONFIG, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving, write_damaged)
+from input_errors import check_refused, refused
 from script_runner import run_torchrun
-from timm_cgh.data import Digits
+from timm_cgh.data import Digits, open_dataset
 from timm_cgh.errors import InputError
 from timm_cgh.eval.classifier import as_classifier, top_accuracy
 from timm_cgh.eval.crops import BlockSampler, CropLoader
@@ -21,9 +23,9 @@ from timm_cgh.models.checkpoints import weights_digest
 from timm_cgh.models.export import export_backbone
 
 
-def linear(encoder, output, *args):
+def linear(encoder, output, *args, data=DIGITS):
     """Exit code and results of a run in this process."""
-    return evaluate('eval_linear', encoder, output, *args)
+    return evaluate('eval_linear', encoder, output, *args, data=data)
 
 
 def read_heads(output):
@@ -234,6 +236,30 @@ def test_resumed_run_equals_an_uninterrupted_one(encoder, tmp_path, monkeypatch,
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
     assert [r['epoch'] for r in read_summary(tmp_path / 'broken')] == ['0', '1']
+
+
+@pytest.mark.parametrize('cached', [[], ['--cache-features']])
+def test_unreadable_images_are_left_out_and_counted(encoder, tmp_path, caplog, cached):
+    data = write_damaged(tmp_path / 'images')
+    args = ['--epochs', '2', '--lr', '1', '-b', '4', *cached]
+    code, results = linear(encoder, tmp_path / 'run', *args, data=data)
+    assert code == 0
+    assert (results['train_images'], results['train_unreadable']) == (15, 1)
+    assert (results['val_images'], results['val_unreadable']) == (7, 1)
+    assert 'cat/001.png' in caplog.text and 'dog/105.png' in caplog.text
+    (tmp_path / 'images' / 'train' / 'cat' / '001.png').unlink()
+    (tmp_path / 'images' / 'val' / 'dog' / '105.png').unlink()
+    assert linear(encoder, tmp_path / 'without', *args, data=data)[1]['top1'] == results['top1']
+    for name, value in read_heads(tmp_path / 'run').items():
+        assert torch.equal(value, read_heads(tmp_path / 'without')[name])
+
+
+def test_an_image_that_becomes_unreadable_ends_the_training_in_one_line(tmp_path):
+    paths = sorted(write_classes(tmp_path, 2).glob('*/*.png'))
+    loader = CropLoader(open_dataset('', str(tmp_path)), CONFIG, batch_size=4)
+    paths[0].write_bytes(b'no image')
+    with refused('data_dir', 'could be read before, but not now'):
+        next(loader.epoch(0))
 
 
 def test_finished_run_is_not_overwritten(encoder, augmented, capsys):

@@ -11,7 +11,8 @@ from PIL import Image
 
 import eval_semisup as script
 from conftest import REPOSITORY
-from evaluations import CPU, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving
+from evaluations import (
+    CPU, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving, write_damaged)
 from input_errors import check_refused
 from script_runner import run_torchrun
 from timm_cgh.data import Digits, open_dataset
@@ -192,6 +193,15 @@ def test_a_list_file_chooses_the_images(encoder, named_images, tmp_path, capsys)
     names = write_list(tmp_path, 'cow.png')
     argv = ['--model', f'local-dir:{encoder}', *data, '--label-list', names]
     check_refused(capsys, script, argv, f'--label-list {names}: 1 of 1 names', 'cow.png')
+
+
+def test_unreadable_images_are_left_out_and_counted(encoder, tmp_path, caplog):
+    data = write_damaged(tmp_path / 'images')
+    code, results = semisup(encoder, tmp_path / 'run', '--percent', '100', '--epochs', '2', data=data)
+    assert code == 0
+    assert (results['train_images'], results['train_unreadable']) == (15, 1)
+    assert (results['val_images'], results['val_unreadable']) == (7, 1)
+    assert caplog.text.count('cat/001.png (') == 1 and caplog.text.count('dog/105.png (') == 1
 
 
 @pytest.mark.parametrize('args, named', [

@@ -1,6 +1,5 @@
 """Labelled images -> augmented batches, to train linear heads and to fine-tune."""
 import contextlib
-import logging
 import random
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -9,13 +8,11 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from timm_cgh.data import EpochBatchSampler, image_mode
-from timm_cgh.data.decode import read_or_substitute
+from timm_cgh.data.decode import UNREADABLE, image_name, read_image
 from timm_cgh.distributed import Process
-from timm_cgh.errors import InputError
+from timm_cgh.errors import InputError, reason
 
 __all__ = ['BlockSampler', 'CropLoader']
-
-_logger = logging.getLogger('eval')
 
 
 class BlockSampler(EpochBatchSampler):
@@ -75,9 +72,11 @@ class _Crops(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Tuple[int, int]) -> Tuple[torch.Tensor, int]:
-        image, label, unreadable = read_or_substitute(self.dataset, key[1], self.mode)
-        for name in unreadable:
-            _logger.warning(f'Unreadable image, replaced by another: {name}')
+        try:
+            image, label = read_image(self.dataset, key[1], self.mode)
+        except UNREADABLE as error:
+            name = image_name(self.dataset, key[1])
+            raise InputError(f'data_dir: {name} could be read before, but not now ({reason(error)})') from error
         with _seeded(hash((self.seed, *key))):
             return self.transform(image), label
 
@@ -89,7 +88,7 @@ class CropLoader:
     the batch size would.
 
     Args:
-        images: (PIL image, label) items
+        images: (PIL image, label) items, all readable (`FeatureExtractor.find_readable`)
         data_config: timm's `input_size`, `mean`, `std`, `interpolation`
         process: this process; the batches are on its device
         batch_size: per process

@@ -4,26 +4,27 @@ import sys
 import time
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
-from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import read_or_substitute
+from timm_cgh.data.decode import UNREADABLE, image_name, read_image
 from timm_cgh.data.workers import iterate
 from timm_cgh.distributed import Process, all_gather_objects
+from timm_cgh.errors import InputError, reason
 
 from .gather import block_indices, gather_rows
 from .loader import create_eval_loader
 
-__all__ = ['FeatureExtractor', 'Pixels', 'extract_features', 'pooled_features']
+__all__ = ['FeatureExtractor', 'Features', 'Pixels', 'extract_features', 'pooled_features']
 
 _logger = logging.getLogger('eval')
+_MAX_NAMED = 20  # unreadable images
 
 
 def _pooled(output: Any, model: nn.Module) -> torch.Tensor:
@@ -68,10 +69,11 @@ def extract_features(
         channels_last: give the images in channels-last layout
 
     Returns:
-        (N, D) float32 features and (N,) int64 labels, on the CPU, in the loader's order
+        (N, D) float32 features and (N,) int64 labels, on the CPU, in the loader's order; (0, 0) and (0,) if all batches
+        are empty
 
     Raises:
-        ValueError: the model has a classifier or does not pool, or the loader is empty
+        ValueError: the model has a classifier or does not pool, or the loader has no batches
     """
     if getattr(model, 'num_classes', 0):
         raise ValueError(f'features need a model without classifier: num_classes=0, not {model.num_classes}')
@@ -83,15 +85,17 @@ def extract_features(
         # a data loader draws from the global generator: an evaluation must not change what training draws next
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for images, target in iterate(loader):
-                images = images.to(device, non_blocking=True, memory_format=layout)
-                features.append(pooled_features(model, images, amp_dtype).cpu())
-                labels.append(target.cpu())
+                if len(images):
+                    images = images.to(device, non_blocking=True, memory_format=layout)
+                    features.append(pooled_features(model, images, amp_dtype).to('cpu', copy=True))
+                # copied: each batch of a worker keeps a file descriptor open as long as its memory is in use
+                labels.append(target.to('cpu', torch.long, copy=True))
     finally:
         for module, flag in training:  # parents come first: what train() does to their children is put right after
             module.train(flag)
-    if not features:
+    if not labels:
         raise ValueError('no images to extract features from')
-    return torch.cat(features), torch.cat(labels).long()
+    return torch.cat(features) if features else torch.empty(0, 0), torch.cat(labels)
 
 
 class Pixels(nn.Module):
@@ -117,20 +121,26 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-class _Share(Dataset):
-    """This rank's images of a data set; an unreadable one is replaced by the same other image on every rank."""
+class Features(NamedTuple):
+    """Features of a data set, in its order and without its unreadable images, on the CPU.
 
-    def __init__(self, dataset: Dataset, indices: torch.Tensor, mode: str, warn_unreadable: bool):
-        self.dataset, self.indices, self.mode, self.warn_unreadable = dataset, indices, mode, warn_unreadable
+    features: (N, D) float32; labels: (N,) int64; indices: (N,) int64, of the images in the data set.
+    """
+    features: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
-        image, label, unreadable = read_or_substitute(self.dataset, int(self.indices[index]), self.mode)
-        for name in unreadable if self.warn_unreadable else ():
-            _logger.warning(f'Unreadable image, replaced by another: {name}')
-        return image, label
+def _log_unreadable(dataset: Dataset, indices: Sequence[int], mode: str) -> None:
+    for index in indices[:_MAX_NAMED]:
+        why = ''
+        try:
+            read_image(dataset, index, mode)
+        except UNREADABLE as error:
+            why = f' ({reason(error, 200)})'
+        _logger.warning(f'Unreadable image left out: {image_name(dataset, index)}{why}')
+    if len(indices) > _MAX_NAMED:
+        _logger.warning(f'{len(indices) - _MAX_NAMED} more images are unreadable and left out')
 
 
 def _with_progress(loader: Any, silent: bool) -> Iterator:
@@ -181,30 +191,44 @@ class FeatureExtractor:
         """(B, D) float32 features of (B, C, H, W) normalised images on the device, from the model as it is."""
         return pooled_features(model, images.to(memory_format=self.memory_format), self.amp_dtype)
 
-    def __call__(
-            self,
-            model: nn.Module,
-            dataset: Dataset,
-            warn_unreadable: bool = True,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Extract the features of a data set. Collective: every rank must call.
+    def __call__(self, model: nn.Module, dataset: Dataset, warn_unreadable: bool = True) -> Features:
+        """Extract the features of a data set, without the images that cannot be read.
+
+        Collective: every rank must call, and gets all features.
 
         Args:
             model: see `extract_features`
             dataset: map-style, (PIL image, label) items
-            warn_unreadable: log the name of each image that had to be replaced by another
+            warn_unreadable: log the names of unreadable images
 
-        Returns:
-            (N, D) float32 features and (N,) int64 labels on the CPU, in the data set's order, on every rank
+        Raises:
+            InputError: no image can be read
         """
-        count, device = len(dataset), self.process.device
-        indices = block_indices(count, self.batch_size, self.process.rank, self.process.world_size)
-        share = _Share(dataset, indices, image_mode(self.data_config['input_size'][0]), warn_unreadable)
-        features, labels = torch.empty(0, 0), torch.empty(0, dtype=torch.long)
-        if len(indices):
-            loader = create_eval_loader(share, self.data_config, self.batch_size, self.workers, device)
-            batches = _with_progress(loader, silent=not self.process.primary)
-            features, labels = extract_features(model, batches, device, self.amp_dtype, self.channels_last)
-        width = max(all_gather_objects(features.shape[1]))  # 0 on a rank without images
-        features = features.view(len(features), width)
-        return gather_rows(features, indices, count, device), gather_rows(labels, indices, count, device)
+        process, count = self.process, len(dataset)
+        mode = image_mode(self.data_config['input_size'][0])
+        share = block_indices(count, self.batch_size, process.rank, process.world_size)
+        features, rows = torch.empty(0, 0), torch.empty(0, 2, dtype=torch.long)
+        if len(share):
+            loader = create_eval_loader(
+                Subset(dataset, share.tolist()), self.data_config, self.batch_size, self.workers, process.device,
+                numbered=True)
+            batches = _with_progress(loader, silent=not process.primary)
+            features, rows = extract_features(model, batches, process.device, self.amp_dtype, self.channels_last)
+        labels, own = rows[:, 0], share[rows[:, 1]]
+        parts = all_gather_objects((own, features.shape[1]))
+        indices = torch.cat([part for part, _ in parts]).sort().values
+        unreadable = sorted({*range(count)} - {*indices.tolist()})
+        if process.primary and (warn_unreadable or len(unreadable) == count):
+            _log_unreadable(dataset, unreadable, mode)
+        if not len(indices):
+            raise InputError(f'data_dir: none of {count} images can be read, {image_name(dataset, 0)} among them')
+        features = features.view(len(own), max(width for _, width in parts))  # it is 0 on a rank without images
+        places = torch.searchsorted(indices, own)
+        features, labels = (
+            gather_rows(part, places, len(indices), process.device) for part in (features, labels.contiguous()))
+        return Features(features, labels, indices)
+
+    def find_readable(self, dataset: Dataset) -> torch.Tensor:
+        """(N,) indices of the images that can be read; the others are logged. Collective: every rank must call."""
+        pixels = Pixels(self.data_config['mean'], self.data_config['std'], max_size=1).to(self.process.device)
+        return self(pixels, dataset).indices

@@ -1,12 +1,15 @@
-"""Evaluation loader: every image once, in order, resized and cropped as in the paper's protocol."""
+"""Evaluation loader: every readable image once, in order, resized and cropped as in the paper's protocol."""
 import copy
-from typing import Any, Dict, Iterator, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import create_loader
-from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from timm_cgh.data import is_stream
+from timm_cgh.data.decode import UNREADABLE, read_image, to_mode
 from timm_cgh.data.labels import to_label
 from timm_cgh.data.workers import start_worker
 
@@ -21,31 +24,39 @@ def eval_crop_pct(img_size: int) -> float:
     return 0.875 if img_size >= 224 else 1.0
 
 
-class _Transformed:
-    """Items of a data set of images, transformed; the data set's own transform stays as it is."""
+class _EvalImages(Dataset):
+    """(transformed image, label) items, or (transformed image, (2,) label and index); None for an unreadable image."""
 
-    def __init__(self, dataset: Dataset, mode: str):
-        self.dataset = dataset
-        self.mode = mode
+    def __init__(self, dataset: Dataset, mode: str, numbered: bool):
+        self.dataset, self.mode, self.numbered = dataset, mode, numbered
         self.transform: Any = None  # timm's create_loader sets it
 
-    def prepare(self, image: Any, target: Any, *_: Any) -> Tuple[torch.Tensor, int]:
-        if getattr(image, 'mode', self.mode) != self.mode:  # torchvision's data sets give whatever the file holds
-            image = image.convert(self.mode)
-        return self.transform(image), to_label(target)
-
-
-class _EvalImages(_Transformed, Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        return self.prepare(*self.dataset[index])
+    def __getitem__(self, index: int) -> Optional[Tuple[torch.Tensor, Any]]:
+        try:
+            image, label = read_image(self.dataset, index, self.mode)
+        except UNREADABLE:
+            return None
+        return self.transform(image), torch.tensor((label, index)) if self.numbered else label
 
 
-class _EvalStream(_Transformed, IterableDataset):
+class _EvalStream(IterableDataset):
+    """(transformed image, label) items of a stream, whose reader skips what it cannot read."""
+
+    def __init__(self, dataset: IterableDataset, mode: str):
+        self.dataset, self.mode = dataset, mode
+        self.transform: Any = None
+
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
-        return (self.prepare(*item) for item in self.dataset)
+        for image, target, *_ in self.dataset:
+            yield self.transform(to_mode(image, self.mode)), to_label(target)
+
+
+def _collate_readable(items: Sequence[Any], collate: Callable, none: Tuple[torch.Tensor, torch.Tensor]) -> Any:
+    readable = [item for item in items if item is not None]
+    return collate(readable) if readable else none
 
 
 def _start_worker(info: Any) -> int:
@@ -59,8 +70,11 @@ def create_eval_loader(
         batch_size: int = 256,
         workers: int = 0,
         device: Union[str, torch.device] = 'cpu',
+        numbered: bool = False,
 ) -> Union[DataLoader, PrefetchLoader]:
     """timm's evaluation loader: resize, centre crop (see `eval_crop_pct`), normalise; every image once, in order.
+
+    Images that cannot be read are left out of their batch, which may be empty then.
 
     Args:
         dataset: gives (PIL image, target) items, map-style or a stream; not changed
@@ -68,9 +82,10 @@ def create_eval_loader(
         batch_size: images per batch; the last one may be smaller
         workers: worker processes; they end with each pass
         device: of the batches; timm's prefetcher moves them to an accelerator and normalises there
+        numbered: give each image's index in the (map-style) data set beside its label
 
     Returns:
-        iterable of ((B, C, H, W) float32, (B,) int64) batches on `device`
+        iterable of ((B, C, H, W) float32, (B,) int64) batches on `device`, (B, 2) labels and indices where `numbered`
 
     Raises:
         ValueError: channels other than 1 and 3, or mean and std of another number of channels
@@ -81,12 +96,14 @@ def create_eval_loader(
         raise ValueError(f'images have 1 or 3 channels, input_size asks for {chans}')
     if not len(data_config['mean']) == len(data_config['std']) == chans:
         raise ValueError(f"{chans} channels, mean {data_config['mean']}, std {data_config['std']}: one per channel")
-    stream = isinstance(dataset, IterableDataset)
-    if stream and hasattr(dataset, 'set_loader_cfg'):
+    mode = 'L' if chans == 1 else 'RGB'
+    if is_stream(dataset) and hasattr(dataset, 'set_loader_cfg'):
         dataset = copy.copy(dataset)
         dataset.set_loader_cfg(num_workers=workers)  # create_loader tells timm's own class only
+    prefetch = device.type != 'cpu'
+    none = torch.empty(0, chans, *img_size), torch.empty((0, 2) if numbered else 0, dtype=torch.long)
     return create_loader(
-        (_EvalStream if stream else _EvalImages)(dataset, 'L' if chans == 1 else 'RGB'),
+        _EvalStream(dataset, mode) if is_stream(dataset) else _EvalImages(dataset, mode, numbered),
         input_size=(chans, *img_size),
         batch_size=batch_size,
         interpolation=data_config.get('interpolation') or 'bilinear',
@@ -94,9 +111,10 @@ def create_eval_loader(
         std=data_config['std'],
         num_workers=workers,
         crop_pct=eval_crop_pct(min(img_size)),
+        collate_fn=partial(_collate_readable, collate=fast_collate if prefetch else default_collate, none=none),
         pin_memory=device.type == 'cuda',
         device=device,
-        use_prefetcher=device.type != 'cpu',
+        use_prefetcher=prefetch,
         persistent_workers=False,  # evaluations may be minutes apart
         worker_seeding=_start_worker,
     )

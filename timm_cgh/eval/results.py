@@ -33,13 +33,19 @@ def describe_accuracy(*top: float) -> Dict[str, float]:
 
 
 def describe_images(
-        data_config: Mapping[str, Any], num_classes: int, train_images: int, val_images: int) -> Dict[str, Any]:
-    """Entries about the images: how many there are, and how those of validation are prepared."""
+        data_config: Mapping[str, Any],
+        num_classes: int,
+        train: Tuple[int, int],
+        val: Tuple[int, int],
+) -> Dict[str, Any]:
+    """Entries about the images: how many were used, of how many, and how those of validation are prepared."""
     size = min(data_config['input_size'][1:])
     return dict(
         num_classes=num_classes,
-        train_images=train_images,
-        val_images=val_images,
+        train_images=train[0],
+        val_images=val[0],
+        train_unreadable=train[1] - train[0],
+        val_unreadable=val[1] - val[0],
         img_size=size,
         crop_pct=eval_crop_pct(size),
         interpolation=data_config['interpolation'],

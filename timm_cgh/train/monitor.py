@@ -62,7 +62,7 @@ class KnnMonitor:
             extractor: FeatureExtractor,
     ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         if not is_stream(images):
-            return extractor(model, images, warn_unreadable=False)
+            return extractor(model, images, warn_unreadable=False)[:2]
         if not extractor.process.primary:
             return None, None
         e = extractor

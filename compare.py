@@ -102,7 +102,7 @@ def check_methods(names, args, options):
         raise InputError(f"methods={' '.join(baselines)}: need the lightly library (pip install 'timm-cgh[baselines]')")
     for name in names:
         # in train.py's parser: it is its flags that an error names
-        train.parser.run(lambda line: check_method(train.parse(line)), method_options(name, args, options))
+        train.parser.run(lambda line: check_method(train.parser.parse(line)), method_options(name, args, options))
 
 
 def open_output(own, args):
@@ -189,7 +189,7 @@ def run_method(args, name, options) -> Optional[Run]:
 def main(argv=None):
     own, options = parser.parse_known_args(argv)
     utils.setup_default_logging()
-    args = train.parse(options)
+    args = train.parser.parse(options)
     args.output = own.output
     if args.dataset == 'digits' and not args.val_split:
         args.val_split = 'validation'

@@ -30,6 +30,7 @@ from timm_cgh.distributed import end_process, init_process
 from timm_cgh.eval.features import FeatureExtractor
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import resolve_data_config
+from timm_cgh.progress import log_to_console
 from timm_cgh.task import BASELINES
 from timm_cgh.task.positives import Selection
 from timm_cgh.train.build import (
@@ -45,6 +46,7 @@ _logger = logging.getLogger('train')
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'digits.yaml')
 
 parser = Parser(description='CGH pre-training of a timm backbone')
+parser.default_config = DEFAULT_CONFIG
 parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of these options; the command line overrides it')
 
 group = parser.add_argument_group('Data')
@@ -176,15 +178,6 @@ group.add_argument('--channels-last', action='store_true')
 group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
 
 
-def parse(argv=None):
-    """The options; those of the embedded digits where neither data nor a configuration is given."""
-    return parser.parse(
-        argv,
-        default_config=DEFAULT_CONFIG,
-        wants_default=lambda args: not args.config and not args.data_dir and not args.dataset,
-    )
-
-
 def train_one_epoch(args, run, epoch):
     """Train from where the run stands to the end of the epoch, or until the run must stop."""
     task, optimizer, scaler = run.task, run.optimizer, run.scaler
@@ -214,8 +207,7 @@ def train_one_epoch(args, run, epoch):
 
 
 def start_process(args):
-    """Logging, device, process group, seeds."""
-    utils.setup_default_logging()
+    """Device, process group, seeds."""
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     process = init_process(args.device, args.seed)
     torch.backends.cudnn.benchmark = True
@@ -295,8 +287,8 @@ def prepare_optimization(args, task, steps, process):
     return optimizer, scheduler, scaler
 
 
-def main(argv=None):
-    args = parse(argv)
+def pretrain(args):
+    """The whole job; returns the `Run`."""
     given = dict(vars(args))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -354,9 +346,14 @@ def main(argv=None):
             for epoch in run.epochs_left():
                 train_one_epoch(args, run, epoch)
                 run.end_epoch()
-        exit_code = run.finish()
+        run.finish()
     end_process(process)
-    return exit_code
+    return run
+
+
+def main(argv=None):
+    with log_to_console():
+        return pretrain(parser.parse(argv)).exit_code
 
 
 if __name__ == '__main__':

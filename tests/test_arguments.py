@@ -7,6 +7,7 @@ from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_nega
 def parser():
     parser = Parser(prog='train.py')
     parser.add_argument('--config')
+    parser.add_argument('--data-dir')
     parser.add_argument('--epochs', type=at_least_one, default=200)
     parser.add_argument('--lr', type=non_negative)
     parser.add_argument('--momentum', type=fraction, default=0.9)
@@ -33,9 +34,10 @@ def test_command_line_overrides_file_overrides_default(parser, tmp_path):
 
 def test_default_config_is_used_only_where_wanted(parser, tmp_path):
     path = write(tmp_path, 'epochs: 10\n')
-    assert parser.parse([], default_config=path, wants_default=lambda a: True).epochs == 10
-    assert parser.parse([], default_config=path, wants_default=lambda a: False).epochs == 200
-    assert parser.parse(['--epochs', '3'], default_config=path, wants_default=lambda a: True).epochs == 3
+    parser.default_config = path
+    assert parser.parse([]).epochs == 10
+    assert parser.parse(['--data-dir', 'images']).epochs == 200
+    assert parser.parse(['--epochs', '3']).epochs == 3
 
 
 @pytest.mark.parametrize('text,named', [
@@ -54,7 +56,7 @@ def test_default_config_is_used_only_where_wanted(parser, tmp_path):
 ])
 def test_bad_files_end_in_one_line_and_code_2(parser, tmp_path, capsys, text, named):
     with pytest.raises(SystemExit) as stop:
-        parser.parse(['--config', write(tmp_path, text)])
+        parser.run(parser.parse, ['--config', write(tmp_path, text)])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message and message.count('\n') == 1
 
@@ -78,6 +80,6 @@ def test_a_file_may_name_an_option_by_its_flag(parser, tmp_path):
 ])
 def test_bad_command_lines_end_in_one_line_and_code_2(parser, capsys, argv):
     with pytest.raises(SystemExit) as stop:
-        parser.parse(argv)
+        parser.run(parser.parse, argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and argv[0] in message and message.count('\n') == 1

@@ -51,9 +51,9 @@ def test_tables_and_chart_hold_what_was_measured(tmp_path):
 ])
 def test_moco_splits_the_batch_statistics_and_other_methods_keep_their_options(given, batch, wanted):
     options = [str(option) for option in (*DIGITS, '--batch-size', batch, *given)]
-    args = train.parse(options)
+    args = train.parser.parse(options)
     for name, splits in wanted.items():
-        method = train.parse(script.method_options(name, args, options))
+        method = train.parser.parse(script.method_options(name, args, options))
         assert method.bn_splits == splits
         check_method(method)
 
@@ -90,7 +90,7 @@ def test_bad_options_are_refused_before_any_run(tmp_path, capsys, options, named
 
 
 def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, capsys):
-    args = vars(train.parse([str(option) for option in DIGITS]))
+    args = vars(train.parser.parse([str(option) for option in DIGITS]))
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump({'train': {**args, 'val_split': 'validation', 'epochs': 77}}))
     named = f'--output {tmp_path}: holds a comparison with epochs 77, not '
     check_refused(capsys, script, [*DIGITS, '--methods', 'cross', '--output', tmp_path], named)

@@ -6,17 +6,20 @@ import os
 import re
 import sys
 import traceback
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, cast
+from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, cast
 
 import torch
 import yaml
 from timm.utils import ParseKwargs
 
+from . import scripts
 from .errors import DEBUG, InputError
 
 __all__ = [
     'Parser', 'add_evaluation_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one', 'fraction',
     'natural', 'non_negative', 'positive']
+
+_CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
 
 def _number(kind: type, accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -56,6 +59,8 @@ class Parser(argparse.ArgumentParser):
     are the options' names with underscores, as in the `args.yaml` that a run writes.
     """
 
+    default_config: Optional[str] = None  # file of the options where no data are named
+
     def error(self, message: str) -> NoReturn:
         print(f'{self.prog}: error: {message}', file=sys.stderr)
         sys.exit(2)
@@ -92,63 +97,75 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r'^(\w+)(=|: )', flag, message)
         return re.sub(r'`(\w+)()`', flag, message)
 
-    def parse(
-            self,
-            argv: Optional[Sequence[str]] = None,
-            default_config: Optional[str] = None,
-            wants_default: Callable[[argparse.Namespace], bool] = lambda args: False,
-    ) -> argparse.Namespace:
-        """Parse the command line over the file that it names, or over `default_config` where `wants_default` says so.
+    def parse(self, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+        """Parse the command line (default: this process's) over the file that it names.
 
-        Args:
-            argv: arguments, default those of the process
-            default_config: YAML file used where none is named
-            wants_default: asked with the command line parsed alone
+        Raises:
+            InputError: a file that cannot be read or holds what is no option
         """
         args = self.parse_args(argv)
-        path = args.config or (default_config if wants_default(args) else None)
+        path = args.config or self._default_for(vars(args))
         if path:
-            args = self.parse_args(argv, argparse.Namespace(**self._read(path)))
+            args = self.parse_args(argv, argparse.Namespace(**self._check(self._read(path), f'config={path}: ')))
             args.config = path
         return args
 
-    def _read(self, path: str) -> dict:
+    def parse_values(self, **values: Any) -> argparse.Namespace:
+        """Take Python values by the options' names, checked like those of a file; the other options from `config`.
+
+        Raises:
+            InputError: no such option, or a value that its flag would refuse
+        """
+        given = self._check(values)
+        path = given.get('config') or self._default_for(given)
+        read = self._check(self._read(path), f'config={path}: ') if path else {}
+        return self.parse_args([], argparse.Namespace(**{**read, **given, 'config': path}))
+
+    def _default_for(self, options: Mapping[str, Any]) -> Optional[str]:
+        return None if options.get('data_dir') is not None or options.get('dataset') else self.default_config
+
+    def _read(self, path: str) -> Dict[str, Any]:
+        included = os.path.join(_CONFIGS, os.path.basename(path))
+        if os.path.dirname(path) in ('', 'configs') and not os.path.exists(path) and os.path.exists(included):
+            path = included
         try:
             with open(path, encoding='utf-8') as file:
                 values = yaml.safe_load(file) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f'--config {path}: {" ".join(str(error).split())}')
+            raise InputError(f'config={path}: {" ".join(str(error).split())}') from error
         if not isinstance(values, dict):
-            self.error(f'--config {path}: must hold options as "name: value" lines')
+            raise InputError(f'config={path}: must hold options as "name: value" lines')
+        return values
+
+    def _check(self, values: Mapping[str, Any], where: str = '') -> Dict[str, Any]:
         actions = {
             flag.lstrip('-').replace('-', '_'): action for action in self._actions for flag in action.option_strings}
         actions.update({action.dest: action for action in self._actions})  # as args.yaml has them
         checked = {}
         for key, value in values.items():
             if key not in actions:
-                self.error(f'--config {path}: no such option: {key}')
-            checked[actions[key].dest] = self._checked(path, actions[key], value)
+                raise InputError(f'{where}{key}: no such option')
+            checked[actions[key].dest] = self._checked(actions[key], value, f'{where}{actions[key].dest}')
         return checked
 
-    def _checked(self, path: str, action: argparse.Action, value: Any) -> Any:
+    def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
         if value is None or isinstance(value, dict):
             return value
-        where = f'--config {path}: {action.dest}'
         if isinstance(action.default, bool) and not isinstance(value, bool):
-            self.error(f'{where}: must be true or false, got {value!r}')
+            raise InputError(f'{where}: must be true or false, got {value!r}')
         fixed = action.nargs if isinstance(action.nargs, int) else 0
         if fixed and (not isinstance(value, list) or len(value) != fixed):
-            self.error(f'{where}: must be a list of {action.nargs}, got {value!r}')
+            raise InputError(f'{where}: must be a list of {action.nargs}, got {value!r}')
         if isinstance(value, list) and not action.nargs:
-            self.error(f'{where}: must be one value, got {value!r}')
+            raise InputError(f'{where}: must be one value, got {value!r}')
         items = value if isinstance(value, list) else [value]
         try:
             items = [self._get_value(action, str(item)) for item in items] if action.type else items
         except argparse.ArgumentError as error:
-            self.error(f'{where}: {error.message}')
+            raise InputError(f'{where}: {error.message}') from error
         for item in items:
             if action.choices is not None and item not in action.choices:
-                self.error(f'{where}: {item!r} is not one of {", ".join(map(str, action.choices))}')
+                raise InputError(f'{where}: {item!r} is not one of {", ".join(map(str, action.choices))}')
         return items if isinstance(value, list) or action.nargs in ('+', '*') else items[0]
 
 

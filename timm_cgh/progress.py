@@ -1,12 +1,15 @@
-"""Progress reporting: a bar on a terminal, lines elsewhere; memory and rates."""
+"""Progress reporting: a bar on a terminal, lines elsewhere; logging, memory and rates."""
+import contextlib
 import logging
+import logging.handlers
 import math
 import sys
 import time
 from datetime import timedelta
-from typing import Optional
+from typing import Callable, Iterator, Optional
 
 import torch
+from timm.utils import FormatterNoInfo
 from tqdm import tqdm
 
 try:
@@ -14,9 +17,50 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ['Progress', 'peak_memory']
+__all__ = ['Progress', 'log_to_console', 'log_to_file', 'peak_memory']
 
 _logger = logging.getLogger('train')
+
+
+@contextlib.contextmanager
+def _root_handler(handler: logging.Handler) -> Iterator[None]:
+    level = logging.root.level
+    logging.root.addHandler(handler)
+    logging.root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        logging.root.setLevel(level)
+        handler.close()
+
+
+@contextlib.contextmanager
+def log_to_console() -> Iterator[None]:
+    """Print the log on standard error within the block, as timm's scripts do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(FormatterNoInfo())
+    with _root_handler(handler):
+        yield
+
+
+@contextlib.contextmanager
+def log_to_file() -> Iterator[Callable[[str], None]]:
+    """Collect the log within the block, with times; what the block gets appends it to a file, from its beginning on."""
+    memory = logging.handlers.MemoryHandler(1, logging.CRITICAL + 1, flushOnClose=False)
+
+    def open_file(path: str) -> None:
+        file = logging.FileHandler(path, encoding='utf-8')
+        file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        memory.setTarget(file)
+
+    with _root_handler(memory):
+        try:
+            yield open_file
+        finally:
+            memory.flush()
+            if isinstance(memory.target, logging.Handler):
+                memory.target.close()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,0 +1,51 @@
+"""The wheel, installed in a folder of its own, without the repository."""
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from conftest import REPOSITORY
+from training import TINY, make_images
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """The wheel of the tracked files, and a folder that it is installed in."""
+    source, folder = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
+    ignored = shutil.ignore_patterns('.git', 'tests', 'output', 'data', 'build', '*.egg-info', '__pycache__', 'weights')
+    shutil.copytree(REPOSITORY, source, ignore=ignored, dirs_exist_ok=True)
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+    subprocess.run([*pip, 'wheel', '--no-deps', '-w', folder, source], check=True)
+    built, = folder.glob('timm_cgh-*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--target', folder / 'site', built], check=True)
+    return built, folder / 'site'
+
+
+def run(site, cwd, *args):
+    """`timm-cgh ARGS` of the installed wheel; standard output."""
+    environment = dict(os.environ, PYTHONPATH=str(site), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_cgh', *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_wheel_holds_scripts_and_configurations_and_no_tests(wheel):
+    names = zipfile.ZipFile(wheel[0]).namelist()
+    for name in ('train.py', 'eval_linear.py', 'publish.py', 'configs/digits.yaml', 'configs/eval_linear_small.yaml'):
+        assert f'timm_cgh/scripts/{name}' in names
+    assert 'timm_cgh/hub/model_card.md' in names and 'timm_cgh/py.typed' in names
+    assert not [name for name in names if 'test' in name or name.startswith(('train', 'setup', 'benchmark'))]
+    assert (wheel[1] / 'bin' / 'timm-cgh').exists()
+
+
+def test_console_script_of_the_wheel_trains_and_evaluates(wheel, tmp_path):
+    make_images(tmp_path / 'images' / 'train')
+    make_images(tmp_path / 'images' / 'val')
+    run(wheel[1], tmp_path, 'train', *TINY, '--data-dir', 'images', '--epochs', 1, '--experiment', 'run')
+    export = tmp_path / 'output' / 'train' / 'run' / 'export'
+    assert '"knn"' in run(
+        wheel[1], tmp_path, 'knn', '--model', f'local-dir:{export}', '--data-dir', 'images', '--device', 'cpu')

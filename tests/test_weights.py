@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from backbones import equal, randomise, state_dict
 from input_errors import refused
 from timm_cgh import create_task
-from timm_cgh.models import create_backbone
+from timm_cgh.errors import InputError
+from timm_cgh.models import create_backbone, plain_backbone
 from timm_cgh.models.checkpoints import load_weights, read_file, run_arguments, weights_digest
 from timm_cgh.models.export import export_backbone
+from timm_cgh.train.build import build_backbone
 
 
 def under(prefix, state):
@@ -27,6 +29,31 @@ MOCO = {
     'module.encoder_k.fc.0.weight': torch.zeros(4, 4),
     'module.queue': torch.zeros(4, 8),
     'module.queue_ptr': torch.zeros(1),
+}
+CHILDREN = [name for name, _ in timm.create_model('test_resnet').named_children()]
+NUMBERED = {'.'.join((str(CHILDREN.index(name.split('.')[0])), *name.split('.')[1:])): v for name, v in TRAINED.items()}
+ORIGINS = {
+    'plain': TRAINED,
+    'torchvision': {**TRAINED, **CLASSIFIER},
+    'timm': {'state_dict': {**TRAINED, **CLASSIFIER}, 'arch': 'test_resnet', 'epoch': 7},
+    'DDP': {'state_dict': under('module.', TRAINED)},
+    'torch.compile': {'model': under('_orig_mod.', TRAINED)},
+    'DDP and torch.compile': {'state_dict': under('module._orig_mod.', TRAINED)},
+    'MoCo': {'state_dict': MOCO, 'arch': 'test_resnet'},
+    'solo-learn': {'state_dict': {
+        **under('backbone.', TRAINED), **under('momentum_backbone.', AVERAGED),
+        'projector.0.weight': torch.zeros(2, 2)}},
+    'mmselfsup': {'meta': {}, 'state_dict': {**under('backbone.', TRAINED), 'neck.fc0.weight': torch.zeros(2, 2)}},
+    'SwAV': {
+        **under('module.', TRAINED), 'module.projection_head.0.weight': torch.zeros(2, 2),
+        'module.prototypes.weight': torch.zeros(2, 2)},
+    'transformers': under('timm_model.', TRAINED),
+    'lightly': {'state_dict': {
+        **under('backbone.', NUMBERED), 'projection_head.layers.0.weight': torch.zeros(2, 2)}},
+    'VISSL': {'classy_state_dict': {'base_model': {'meta': {}, 'model': {
+        'heads': {'0.clf.weight': torch.zeros(2, 2)}, 'trunk': under('_feature_blocks.', TRAINED)}}}},
+    'old torch': {name: value for name, value in TRAINED.items() if 'num_batches_tracked' not in name},
+    'half precision': {name: value.half() for name, value in TRAINED.items()},
 }
 DINO = dict(
     student=under('module.backbone.', TRAINED),
@@ -45,23 +72,26 @@ def load(path, model='test_resnet', **kwargs):
 
 # ---- files
 
-@pytest.mark.parametrize('content', [
-    TRAINED,
-    {**TRAINED, **CLASSIFIER},  # torchvision's
-    {'state_dict': {**TRAINED, **CLASSIFIER}, 'arch': 'test_resnet', 'epoch': 7},  # timm's
-    {'state_dict': under('module.', TRAINED)},
-    {'model': under('_orig_mod.', TRAINED)},
-    {'state_dict': under('module._orig_mod.', TRAINED)},
-    {'state_dict': MOCO, 'arch': 'test_resnet'},
-    {'state_dict': {**under('backbone.', TRAINED), 'projector.0.weight': torch.zeros(2, 2)}},
-    {**under('module.', TRAINED), 'module.projection_head.0.weight': torch.zeros(2, 2),
-     'module.prototypes.weight': torch.zeros(2, 2)},  # SwAV's
-    {name: value for name, value in TRAINED.items() if 'num_batches_tracked' not in name},  # of an old torch
-])
-def test_checkpoints_of_many_origins_load(content, tmp_path):
-    torch.save(content, tmp_path / 'weights.pth')
-    found = load(tmp_path / 'weights.pth')
-    assert all(torch.equal(found[name], value) for name, value in TRAINED.items() if 'num_batches' not in name)
+@pytest.mark.parametrize('origin', ORIGINS)
+def test_checkpoints_of_many_origins_load_as_the_start_of_a_run(origin, tmp_path):
+    torch.save(ORIGINS[origin], tmp_path / 'weights.pth')
+    found = build_backbone('test_resnet', initial_checkpoint=tmp_path / 'weights.pth').module.state_dict()
+    for name, value in TRAINED.items():
+        assert torch.equal(found[name], value.half().to(value.dtype) if origin == 'half precision' else value), name
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+@pytest.mark.parametrize('origin', ['torchvision', 'lightly'])
+@pytest.mark.parametrize('features_only', [False, True])
+def test_colour_weights_become_those_for_other_channels_as_in_timm(in_chans, origin, features_only, tmp_path):
+    save_file(TRAINED, tmp_path / 'timm.safetensors')
+    torch.save(ORIGINS[origin], tmp_path / 'weights.pth')
+    wanted = timm.create_model(
+        'test_resnet', pretrained=True, in_chans=in_chans, num_classes=0,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'timm.safetensors'), num_classes=0)).state_dict()
+    found = build_backbone(
+        'test_resnet', in_chans, initial_checkpoint=tmp_path / 'weights.pth', features_only=features_only).module
+    assert equal(plain_backbone(found, in_chans=in_chans).state_dict(), wanted)
 
 
 @pytest.mark.parametrize('content, teacher, where', [
@@ -175,6 +205,35 @@ def test_files_without_weights_are_refused(content, part, tmp_path):
     torch.save(content, tmp_path / 'weights.pth')
     with refused('checkpoint', 'weights.pth: ', part):
         load(tmp_path / 'weights.pth')
+
+
+@pytest.mark.parametrize('odd, part', [
+    (torch.Tensor.to_sparse, 'is not a dense tensor'),
+    (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), 'is not a dense tensor'),
+    (lambda v: torch.nested.nested_tensor([v[0], v[1]]), 'is not a dense tensor'),
+    (lambda v: v.to('meta'), 'is not a dense tensor'),
+    (lambda v: v.to(torch.complex64), 'is torch.complex64 in the file, torch.float32 in the model'),
+    (lambda v: v.long(), 'is torch.int64 in the file'),
+    (lambda v: v * float('nan'), 'is not finite'),
+    (lambda v: v[:0], 'is (0, 3, 3, 3) in the file'),
+    (lambda v: 'text', 'the file lacks conv1.0.weight'),
+])
+@pytest.mark.filterwarnings('ignore')  # torch's, about its own kinds of tensors
+def test_odd_tensors_are_refused(odd, part, tmp_path):
+    torch.save({'state_dict': {**TRAINED, 'conv1.0.weight': odd(TRAINED['conv1.0.weight'])}}, tmp_path / 'weights.pth')
+    with refused('checkpoint', 'weights.pth: ', part):
+        load(tmp_path / 'weights.pth')
+
+
+@pytest.mark.parametrize('content', [
+    {}, {1: torch.zeros(2)}, {'state_dict': None}, {'state_dict': {'a': {'b': torch.zeros(2)}}}, {'task_state': None},
+    {'task_state': {'teacher': 3}}, {'model': {'model': {'model': {}}}}, {'x' * 10 ** 5: 1},
+])
+@pytest.mark.parametrize('teacher', [False, True])
+def test_odd_dictionaries_are_refused_in_a_short_line(content, teacher, tmp_path):
+    torch.save(content, tmp_path / 'weights.pth')
+    with pytest.raises(InputError, match=r'weights\.pth: no weights, only .{1,60}$'):
+        load(tmp_path / 'weights.pth', teacher=teacher)
 
 
 @pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors'])

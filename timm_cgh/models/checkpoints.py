@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
@@ -43,9 +44,10 @@ def read_file(path: Union[str, Path], parameter: str = 'checkpoint', mmap: bool 
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's, timm's and ours hold their arguments
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # of broken pickles, torch.load raises nearly every type there is
+        pickled = re.search(r'GLOBAL (\S+) was not an allowed global', str(error))
+        why = f'it holds a pickled {pickled[1]}' if pickled else reason(error, 160).removeprefix('Weights only load ')
         raise InputError(
-            f'{parameter}={path}: not a readable safetensors or weights-only torch file '
-            f'({reason(error, 160)})') from error
+            f'{parameter}={path}: not a readable safetensors or weights-only torch file ({why})') from error
     if not isinstance(content, dict):
         raise InputError(f'{parameter}={path}: holds a {type(content).__name__}, must hold a dictionary')
     return content
@@ -110,6 +112,9 @@ def load_weights(
     path = find_source(source, parameter)
     content = read_file(path / 'model.safetensors' if path.is_dir() else path, parameter)
     state, where = backbone_state(content, model, f'{parameter}={source}', teacher)
+    for name, value in state.items():
+        if not value.float().isfinite().all():
+            raise InputError(f'{parameter}={source}: {name} is not finite')
     model.load_state_dict(state)
     return where
 

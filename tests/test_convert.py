@@ -114,6 +114,21 @@ def test_onnxruntime_gives_the_same_features(run, tmp_path):
     assert config['mean'] == [0.1, 0.2, 0.3] and config['tag'] == 'cgh_test'
 
 
+def test_onnx_keeps_the_head_of_a_classifier_and_its_class_names(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='no onnxruntime (pip install onnxruntime onnxscript)')
+    pytest.importorskip('onnxscript', reason='torch exports to ONNX with onnxscript')
+    model = randomise(create_backbone('test_resnet', num_classes=3)).eval()
+    names = ['ant', 'bee', 'cow']
+    export_backbone(model, tmp_path, input_size=(3, 32, 32), label_names=names, **CONFIG)
+    assert convert(tmp_path, '--to', 'onnx', '-o', tmp_path / 'model.onnx') == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, = session.run(['logits'], {'images': images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map['input_config'])['label_names'] == names
+
+
 def test_checkpoint_of_a_run_converts_with_the_runs_image_settings(tmp_path):
     task = create_task('resnet18', bank_size=16, hidden_dim=8, embed_dim=8)
     args = dict(model='resnet18', img_size=48, in_chans=3, mean=CONFIG['mean'], std=CONFIG['std'])

@@ -29,11 +29,11 @@ __all__ = ['FORMATS', 'as_torchvision', 'convert']
 _logger = logging.getLogger('hub')
 
 
-def _load(source: str) -> nn.Module:
-    """The plain timm model in a folder, a checkpoint of a run, or on the Hub, in eval mode."""
+def _load(source: str, **kwargs: Any) -> nn.Module:
+    """The plain timm model in a folder, a checkpoint of a run, or on the Hub, in eval mode; `kwargs` for a folder's."""
     path = find_source(source, 'source')
     if path.is_dir():
-        return load_folder(path, num_classes=0).eval()
+        return load_folder(path, **kwargs).eval()
     if not run_arguments(read_file(path, 'source', mmap=True)):
         raise InputError(f'source={source}: weights of an unknown model; give a run, its export/ or its checkpoint')
     backbone = load_backbone(checkpoint=str(path))
@@ -43,8 +43,8 @@ def _load(source: str) -> nn.Module:
 
 def _input_config(model: nn.Module) -> Dict[str, Any]:
     """Which model it is, and how its images are prepared."""
-    names = ('architecture', 'tag', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-    return {name: value for name, value in model.pretrained_cfg.items() if name in names}
+    names = ('architecture', 'tag', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'label_names')
+    return {name: value for name, value in model.pretrained_cfg.items() if name in names and value is not None}
 
 
 @torch.no_grad()
@@ -110,7 +110,9 @@ def _write_detectron2(model: nn.Module, path: Path) -> str:
 
 
 def _write_onnx(model: nn.Module, path: Path) -> str:
-    """ONNX from torch's exporter, for any batch size, with the input configuration as JSON under `input_config`."""
+    """ONNX from torch's exporter, for any batch size, with the input configuration as JSON under `input_config`; a
+    classifier's outputs are its logits.
+    """
     if find_spec('onnxscript') is None:
         raise InputError('to=onnx: needs two packages, pip install onnx onnxscript')
     images = torch.zeros(2, *model.pretrained_cfg['input_size'])
@@ -121,7 +123,7 @@ def _write_onnx(model: nn.Module, path: Path) -> str:
             dynamo=True,
             verbose=False,
             input_names=['images'],
-            output_names=['features'],
+            output_names=['logits' if model.num_classes else 'features'],
             dynamic_shapes=({0: torch.export.Dim('batch')},),
         )
     program.model.metadata_props['input_config'] = json.dumps(_input_config(model))
@@ -137,7 +139,9 @@ FORMATS = {  # suffix of the file, and a function that writes a model and return
 
 
 def convert(source: str, to: str, output: Union[str, Path]) -> None:
-    """Write a backbone (see `find_source`; a file must be a run's checkpoint) in one of `FORMATS`, and log its use.
+    """Write a model (see `find_source`; a file must be a run's checkpoint) in one of `FORMATS`, and log its use.
+
+    A classifier keeps its head in ONNX; the other formats hold backbones.
 
     Raises:
         InputError: no such backbone, one that the format does not support, or a file that cannot be written
@@ -145,7 +149,7 @@ def convert(source: str, to: str, output: Union[str, Path]) -> None:
     suffix, write = FORMATS[to]
     if Path(output).suffix != suffix:
         raise InputError(f'output={output}: must end in {suffix} for `to` {to}')
-    model = _load(source)
+    model = _load(source) if to == 'onnx' else _load(source, num_classes=0)
     with checking('output', output, OSError, SafetensorError):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as temp:

@@ -134,7 +134,7 @@ def test_summary_drops_the_rows_that_a_resumed_run_writes_again(tmp_path):
     summary = Summary(path)
     for epoch in range(3):
         summary.add({'epoch': epoch, 'train_loss': 1.5})
-    summary = Summary(path, start_epoch=2)
+    summary = Summary(path, start=2)
     summary.add({'epoch': 2, 'train_loss': 0.5, 'eval_knn': 90.0})
     assert (tmp_path / 'summary.csv').read_text() == 'epoch,train_loss,eval_knn\n0,1.5,\n1,1.5,\n2,0.5,90.0\n'
 

@@ -16,8 +16,8 @@ from . import scripts
 from .errors import DEBUG, InputError
 
 __all__ = [
-    'Parser', 'add_evaluation_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one', 'fraction',
-    'natural', 'non_negative', 'positive']
+    'Parser', 'add_evaluation_arguments', 'add_model_arguments', 'add_training_arguments', 'arguments_of',
+    'at_least_one', 'fraction', 'natural', 'non_negative', 'positive']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
@@ -170,9 +170,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_evaluation_arguments(parser: Parser) -> None:
-    """Add the options that every evaluation has: --config and the groups Data, Model and Run."""
-    parser.add_argument('-c', '--config', metavar='FILE',
-                        help='YAML file of these options; the command line overrides it')
+    """Add the options of an evaluation of classification: the groups Data, Model and Run."""
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR', help='folder of splits of class folders, or root of --dataset')
     group.add_argument('--dataset', metavar='NAME', default='',
@@ -186,7 +184,13 @@ def add_evaluation_arguments(parser: Parser) -> None:
     group.add_argument('--class-map', metavar='FILE', default='')
     group.add_argument('--input-key', metavar='NAME')
     group.add_argument('--target-key', metavar='NAME')
-    group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: Parser) -> None:
+    """Add the options that every evaluation has: --config and the groups Model and Run."""
+    parser.add_argument('-c', '--config', metavar='FILE',
+                        help='YAML file of these options; the command line overrides it')
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME',
                        help="timm model, local-dir:RUN/export, hf-hub:OWNER/NAME; default: that of --checkpoint's run")
@@ -200,6 +204,7 @@ def add_evaluation_arguments(parser: Parser) -> None:
     group.add_argument('--mean', nargs='+', type=float, metavar='X', help="of pixels in [0, 1]; default: the model's")
     group.add_argument('--std', nargs='+', type=positive, metavar='X')
     group = parser.add_argument_group('Run')
+    group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
     group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N', help='per process')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     group.add_argument('--amp', action='store_true', help='mixed precision')

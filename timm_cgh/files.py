@@ -91,20 +91,21 @@ def epochs_done(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 class Summary:
-    """Rows of a run's `summary.csv` under timm's column names, rewritten in one rename per epoch.
+    """Rows of a run's `summary.csv` under timm's column names, rewritten in one rename per row.
 
     Columns may appear late or stay blank (a kNN check every few epochs, InfoNCE only in the warm-up).
 
     Args:
         path: the file
-        start_epoch: rows of earlier epochs are kept, later ones (of a run that is resumed before them) dropped
+        start: rows of earlier epochs are kept, later ones (of a run that is resumed before them) dropped
+        unit: column that numbers the rows
     """
 
-    def __init__(self, path: str, start_epoch: int = 0):
+    def __init__(self, path: str, start: int = 0, unit: str = 'epoch'):
         self.path = path
         self.rows: List[Dict[str, Any]] = []
-        if start_epoch:
-            self.rows = [row for row in read_rows(path) if int(row['epoch']) < start_epoch]
+        if start:
+            self.rows = [row for row in read_rows(path) if int(row[unit]) < start]
 
     def add(self, row: Dict[str, Any]) -> None:
         """Append a row and write the file."""

@@ -51,7 +51,8 @@ def find_state(output: Optional[str], resume: Optional[str], settings: Mapping[s
     for key, value in settings.items():
         if state['settings'].get(key) != value:
             raise InputError(f"resume={resume}: was made with another {key.replace('_', ' ')}")
-    _logger.info(f"Resumed {resume} at epoch {state['epoch']}")
+    unit = 'epoch' if 'epoch' in state else 'iteration'
+    _logger.info(f'Resumed {resume} at {unit} {state[unit]}')
     return state
 
 
@@ -62,22 +63,24 @@ class Recorder:
     Args:
         output: folder of the run; None to write nothing
         settings: see `find_state`
-        start_epoch: first epoch of this sitting
+        start: first epoch of this sitting
+        unit: `epoch` or `iteration`, the column that numbers the rows
     """
 
-    def __init__(self, output: Optional[str], settings: Mapping[str, Any], start_epoch: int = 0):
+    def __init__(self, output: Optional[str], settings: Mapping[str, Any], start: int = 0, unit: str = 'epoch'):
         self.output = output
         self.settings = settings
-        self.summary = Summary(os.path.join(output, 'summary.csv'), start_epoch) if output else None
+        self.unit = unit
+        self.summary = Summary(os.path.join(output, 'summary.csv'), start, unit) if output else None
         self.written = time.monotonic()
 
     def add(self, row: Dict[str, Any], write: bool, **state: Any) -> None:
-        """Record an epoch.
+        """Record an epoch, or the iterations up to one.
 
         Args:
-            row: of the summary, with its `epoch`
+            row: of the summary, with its number, counted from 0
             write: in any case
-            **state: of the checkpoint after this epoch
+            **state: of the checkpoint after it
         """
         if self.output is None or self.summary is None:
             return
@@ -85,5 +88,6 @@ class Recorder:
             self.summary.rows.append(row)
             return
         self.summary.add(row)
-        save_state(os.path.join(self.output, _LAST), self.settings, epoch=row['epoch'] + 1, **state)
+        done = {self.unit: row[self.unit] + 1}
+        save_state(os.path.join(self.output, _LAST), self.settings, **done, **state)
         self.written = time.monotonic()

@@ -13,6 +13,7 @@ _COMMANDS = {
     'knn': ('eval_knn', 'evaluate by nearest neighbours'),
     'linear': ('eval_linear', 'evaluate by linear classifiers on the frozen backbone'),
     'semisup': ('eval_semisup', 'fine-tune on few labels'),
+    'detection': ('eval_detection', 'fine-tune a detector on the backbone'),
     'publish': ('publish', 'upload weights and a model card to the Hugging Face Hub'),
     'convert': ('convert', 'write weights in other formats (torchvision, ONNX, ...)'),
     'plot': ('plot', 'plot runs over one another'),

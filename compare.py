@@ -9,7 +9,6 @@ All options that are not listed here are those of train.py, and the same for all
 same command continues after an interruption.
 """
 import importlib.util
-import json
 import logging
 import os
 import statistics
@@ -21,9 +20,9 @@ import yaml
 from timm import utils
 
 import train
-from timm_cgh.arguments import Parser, natural
+from timm_cgh.arguments import Parser, random_seed
 from timm_cgh.errors import InputError
-from timm_cgh.files import atomic_write, make_folder, read_rows
+from timm_cgh.files import atomic_write, make_folder, read_json, read_rows, read_yaml
 from timm_cgh.plots import Run, save_chart, save_tables
 from timm_cgh.task import BASELINES
 from timm_cgh.train.settings import check_method
@@ -60,7 +59,8 @@ parser = Parser(
 )
 parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='NAME',
                     help=f"default: all of {' '.join(METHODS)}")
-parser.add_argument('--seeds', nargs='+', type=natural, default=[42], metavar='N', help='one run per method for each')
+parser.add_argument('--seeds', nargs='+', type=random_seed, default=[42], metavar='N',
+                    help='one run per method for each')
 parser.add_argument('--output', default=os.path.join('output', 'compare'), metavar='DIR')
 
 
@@ -111,8 +111,9 @@ def open_output(own, args):
     path = os.path.join(args.output, 'args.yaml')
     content = yaml.safe_dump({**vars(own), 'train': vars(args)}, default_flow_style=None, sort_keys=False)
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            before = yaml.safe_load(file)['train']
+        before = read_yaml(path).get('train')
+        if not isinstance(before, dict):
+            raise InputError(f'{path}: not the arguments of a comparison')
         for name, value in yaml.safe_load(content)['train'].items():  # as a file holds it: lists for tuples
             if name not in _MAY_CHANGE and before.get(name) != value:
                 raise InputError(
@@ -144,8 +145,9 @@ def evaluate(args, model, folder):
             call(f'eval_{name}.py', [*model, *data, *options, '--results-file', results], f'{folder}.log')
         if not os.path.exists(results):
             return None
-        with open(results, encoding='utf-8') as file:
-            top1.append(json.load(file)['top1'])
+        top1.append(read_json(results).get('top1'))
+        if not isinstance(top1[-1], (int, float)):
+            raise InputError(f'{results}: holds no top1; remove it, and it is measured again')
     return tuple(top1)
 
 

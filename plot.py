@@ -4,7 +4,6 @@
     python plot.py runs output/train/a output/train/b --names CGH MoCo-v2 --out curves.png
     python plot.py relations RUN_CGH RUN_RESSL --out fig2.png     # Fig. 2, of runs with --track-relations
 """
-import csv
 import os
 import sys
 
@@ -23,8 +22,7 @@ def plot_runs(args):
         raise InputError(f"runs={' '.join(args.runs)}: several of one name, tell them apart with `names`")
     runs = {}
     for name, folder in zip(names, args.runs):
-        with checking('runs', folder, OSError, ValueError, csv.Error):
-            runs[name] = read_rows(os.path.join(folder, 'summary.csv'))
+        runs[name] = read_rows(os.path.join(folder, 'summary.csv'))
         if not runs[name]:
             raise InputError(f'runs={folder}: not the folder of a run, it holds no summary.csv with an epoch in it')
     return write(args.out, save_runs, runs, args.out, args.title)

@@ -22,7 +22,8 @@ from timm.scheduler import scheduler_kwargs
 from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timm_cgh.arguments import Parser, arguments_of, at_least_one, fraction, natural, non_negative, positive
+from timm_cgh.arguments import (
+    KeyValues, Parser, arguments_of, at_least_one, deviation, fraction, natural, non_negative, positive, random_seed)
 from timm_cgh.data import (
     ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_knn_datasets)
 from timm_cgh.data.fingerprint import fingerprint
@@ -69,18 +70,18 @@ group.add_argument('--model', metavar='NAME', default='resnet50', help='any timm
 group.add_argument('--pretrained', action='store_true', help="start from timm's weights")
 group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights (safetensors or torch file)')
 group.add_argument('--features-only', action='store_true', help="timm's features_only wrapper: ends with the last map")
-group.add_argument('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs, metavar='KEY=VALUE')
+group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
 group.add_argument('--img-size', metavar='PX', type=at_least_one, help="training size; default: the model's")
 group.add_argument('--in-chans', metavar='N', type=int, default=3, help='3 (colour) or 1 (grey)')
-group.add_argument('--mean', nargs='+', type=float, metavar='X', help="of pixels in [0, 1]; default: the model's")
-group.add_argument('--std', nargs='+', type=positive, metavar='X')
+group.add_argument('--mean', nargs='+', type=fraction, metavar='X', help="of pixels in [0, 1]; default: the model's")
+group.add_argument('--std', nargs='+', type=deviation, metavar='X')
 group.add_argument('--drop-path', type=fraction, metavar='RATE', help='stochastic depth of the student')
 group.add_argument('--grad-checkpointing', action='store_true')
 
 group = parser.add_argument_group("Method (defaults: paper Sec. 4.1 and the authors' code)")
 group.add_argument('--method', choices=('cgh', 'moco', *BASELINES), default='cgh',
                    help='moco: MoCo-v2, InfoNCE alone; the others for comparison, by the lightly library')
-group.add_argument('--method-kwargs', nargs='*', default={}, action=utils.ParseKwargs, metavar='KEY=VALUE',
+group.add_argument('--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                    help='of the lightly methods: prototypes, temperature')
 group.add_argument('--context', choices=CONTEXTS, default='cross', help='cross: CGH; same; global: ReSSL (Tab. 5)')
 group.add_argument('--out-indices', nargs='+', type=int, metavar='I', help='hypercolumn stages; default the last two')
@@ -129,7 +130,7 @@ group.add_argument('--grad-accum-steps', type=at_least_one, default=1, metavar='
 group.add_argument('--opt', default='momentum', metavar='NAME', help="timm optimiser; 'sgd' there is Nesterov")
 group.add_argument('--opt-eps', type=positive, metavar='X')
 group.add_argument('--opt-betas', type=float, nargs='+', metavar='X')
-group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=utils.ParseKwargs,
+group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues,
                    metavar='KEY=VALUE')
 group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help="the optimiser's")
 group.add_argument('--weight-decay', type=non_negative, default=1e-4, metavar='X')
@@ -170,7 +171,7 @@ group.add_argument('--track-relations', type=Selection.normalize, nargs='?', con
 group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
 group.add_argument('--log-wandb', action='store_true')
 group.add_argument('--log-tensorboard', action='store_true')
-group.add_argument('--seed', type=natural, default=42, metavar='N')
+group.add_argument('--seed', type=random_seed, default=42, metavar='N')
 group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
 group.add_argument('--amp', action='store_true', help='mixed precision')
 group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')

@@ -11,7 +11,7 @@ from timm_cgh.errors import InputError
 def refused(at_fault, *parts):
     """The block raises an `InputError` of one line that starts with the parameter at fault and has the other parts."""
     with pytest.raises(InputError) as caught:
-        yield
+        yield caught
     text = str(caught.value)
     assert '\n' not in text and '--' not in text, text
     assert text.startswith((f'{at_fault}: ', f'{at_fault}=')), text

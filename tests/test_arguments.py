@@ -1,6 +1,9 @@
+import importlib
+
 import pytest
 
-from timm_cgh.arguments import Parser, at_least_one, fraction, natural, non_negative, positive
+from timm_cgh.arguments import KeyValues, Parser, at_least_one, fraction, natural, non_negative, positive
+from timm_cgh.errors import InputError
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def parser():
     parser.add_argument('--context', choices=('cross', 'same'), default='cross')
     parser.add_argument('--amp', action='store_true')
     parser.add_argument('-j', '--workers', type=natural, default=4)
-    parser.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={})
+    parser.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues)
     return parser
 
 
@@ -53,12 +56,31 @@ def test_default_config_is_used_only_where_wanted(parser, tmp_path):
     ('amp: maybe\n', 'amp'),
     ('- epochs\n', 'name: value'),
     ('epochs: [\n', 'c.yaml'),
+    ('epochs:\n', 'epochs'),
+    ('epochs: {a: 1}\n', 'epochs'),
+    ('epochs: true\n', 'epochs'),
+    ('amp:\n', 'amp'),
+    ('scale: [{a: 1}, 2]\n', 'scale'),
+    ('scale: [[1], 2]\n', 'scale'),
+    ('out_indices: [null]\n', 'out_indices'),
+    ('context: 3\n', 'must be text'),
+    ('data_dir: 2024\n', 'must be text'),
+    ('data_dir: 2024-01-01\n', 'must be text'),
+    ('data_dir: [a]\n', 'must be one value'),
+    ('data_dir: "a\\0b"\n', 'data_dir: holds a character'),
+    ('data_dir: "a\\ud800b"\n', 'data_dir: holds a character'),
+    ('opt_kwargs: nesterov\n', 'opt_args: must be values by name'),
+    ('opt_kwargs: {1: 2}\n', 'opt_args: must be values by name'),
+    ('opt_kwargs:\n', 'opt_args: must be values by name'),
+    (f'epochs: {"[" * 900}{"]" * 900}', 'recursion'),
+    (f'epochs: {"9" * 3000}', 'epochs'),
+    (f'context: {"x" * 10 ** 6}', 'context'),
 ])
 def test_bad_files_end_in_one_line_and_code_2(parser, tmp_path, capsys, text, named):
     with pytest.raises(SystemExit) as stop:
         parser.run(parser.parse, ['--config', write(tmp_path, text)])
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and named in message and message.count('\n') == 1
+    assert stop.value.code == 2 and named in message and message.count('\n') == 1 and len(message) < 600
 
 
 def test_a_file_may_name_an_option_by_its_flag(parser, tmp_path):
@@ -77,9 +99,31 @@ def test_a_file_may_name_an_option_by_its_flag(parser, tmp_path):
     ['--context', 'both'],
     ['--config', 'missing.yaml'],
     ['--epcohs', '1'],
+    ['--opt-kwargs', 'nesterov'],
+    ['--opt-kwargs', 'a=1', '=2'],
 ])
 def test_bad_command_lines_end_in_one_line_and_code_2(parser, capsys, argv):
     with pytest.raises(SystemExit) as stop:
         parser.run(parser.parse, argv)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and argv[0] in message and message.count('\n') == 1
+
+
+@pytest.mark.parametrize('name', ['train', 'eval_knn', 'eval_linear', 'eval_semisup'])
+def test_no_option_of_a_script_takes_an_odd_value_from_a_file(name):
+    parser = importlib.import_module(name).parser
+    for action in parser._actions[1:]:  # not --help
+        for value in (None, {'a': 1}, {1: 1}, [], [[1]], [None], [{}], 'a\0', 1e400, -1, 10 ** 400, True, b'x', {1, 2}):
+            try:
+                found = parser._check({action.dest: value})[action.dest]
+            except InputError as error:
+                assert str(error).startswith(action.dest)
+                continue
+            if value is None:
+                assert action.default is None
+            elif isinstance(value, dict):
+                assert isinstance(action, KeyValues) and value == {'a': 1}
+            elif isinstance(value, (list, set)):
+                assert value == [] and action.nargs in ('*', '+')
+            else:
+                assert action.type is not None or isinstance(found, bool), (action.dest, value)

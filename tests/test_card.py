@@ -129,6 +129,13 @@ def test_each_result_has_its_protocol(run):
     (dict(weights='last.pth.tar, teacher'), 'last.pth.tar, teacher weights'),
     (dict(protocol='detection'), 'not what eval_knn.py'),
     (dict(top1=None), 'not what eval_knn.py'),
+    (dict(top1='many'), 'not what eval_knn.py'),
+    (dict(protocol=['knn']), 'not what eval_knn.py'),
+    (dict(knn=3), 'not what eval_knn.py'),
+    (dict(model=None), 'measured on None'),
+    (dict(crop_pct='x'), 'not what eval_knn.py'),
+    (dict(k={'a': 1}, temperature=[]), 'not what eval_knn.py'),
+    (dict(top5='x'), 'not what eval_knn.py'),
 ])
 def test_results_of_other_models_are_refused(run, change, part):
     folder = run()
@@ -217,6 +224,20 @@ def test_portable_arguments_are_options_of_train_py(run):
 @pytest.mark.parametrize('spoil, message', [
     (lambda folder: (folder / 'args.yaml').unlink(), 'args.yaml: No such file'),
     (lambda folder: (folder / 'args.yaml').write_text('lr: 1'), 'not the arguments of a run'),
+    (lambda folder: change(folder / 'args.yaml', model=18), 'args.yaml: its model is damaged'),
+    (lambda folder: change(folder / 'args.yaml', ratio=[1, None]), 'args.yaml: its ratio is damaged'),
+    (lambda folder: change(folder / 'args.yaml', model_kwargs='a'), 'args.yaml: its model_kwargs is damaged'),
+    (lambda folder: (folder / 'summary.csv').write_text('epoch,train_loss\n0,many\n'), 'summary.csv: row 1'),
+    (lambda folder: (folder / 'export' / 'config.json').write_text('[]'), 'config.json: must hold'),
+    (lambda folder: change(folder / 'export' / 'config.json', architecture=3), 'not the configuration'),
+    (lambda folder: change_cfg(folder, mean=[0.5, 'x', 0.5]), 'config.json: its mean is'),
+    (lambda folder: change_cfg(folder, mean=[0.5, float('nan'), 0.5]), 'config.json: its mean is'),
+    (lambda folder: change_cfg(folder, std=[0.5, 0, 0.5]), 'config.json: its std is'),
+    (lambda folder: change_cfg(folder, std=[0.5, 0.5]), 'config.json: its std is'),
+    (lambda folder: change_cfg(folder, input_size=[3, 0, 32]), 'config.json: its input_size is'),
+    (lambda folder: change_cfg(folder, input_size=[3, 32.5, 32]), 'config.json: its input_size is'),
+    (lambda folder: change_cfg(folder, input_size=None), 'config.json: its input_size is'),
+    (lambda folder: change_cfg(folder, tag=...), 'config.json: has no tag'),
     (lambda folder: (folder / 'export' / 'config.json').unlink(), 'has no config.json'),
     (lambda folder: export_backbone(create_backbone('test_resnet', num_classes=4), folder / 'export', **CONFIG),
      'has a classifier of 4 classes'),
@@ -228,6 +249,18 @@ def test_incomplete_or_broken_runs_are_refused_before_the_card_is_written(run, s
     with pytest.raises(InputError, match=message) as error:
         write(folder)
     assert '\n' not in str(error.value) and not (folder / 'hub' / 'README.md').exists()
+
+
+def change(path, **values):
+    read, write = (json.loads, json.dumps) if path.suffix == '.json' else (yaml.safe_load, yaml.safe_dump)
+    content = {**read(path.read_text()), **values}
+    path.write_text(write({name: value for name, value in content.items() if value is not ...}))
+
+
+def change_cfg(folder, **values):
+    path = folder / 'export' / 'config.json'
+    cfg = {**json.loads(path.read_text())['pretrained_cfg'], **values}
+    change(path, pretrained_cfg={name: value for name, value in cfg.items() if value is not ...})
 
 
 def poke(folder, value):

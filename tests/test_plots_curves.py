@@ -124,7 +124,7 @@ def test_each_run_has_its_colour_and_each_context_its_line(tmp_path, monkeypatch
 
 @pytest.mark.parametrize('argv, named', (
     (['{a}', '{tmp}/none'], ('RUN {tmp}/none: ', 'no summary.csv')),
-    (['{a}', '{odd}'], ('RUN odd: ', 'many')),
+    (['{a}', '{odd}'], ('odd/summary.csv: row 1 is damaged',)),
     (['{a}', '{a}/../a'], ('several of one name', '--names')),
     (['{a}', '--names', 'x', 'y'], ('--names x y: 2 names for 1 runs',)),
     (['{a}'] * 9 + ['--names', *'abcdefghi'], ('RUN: 9 runs, at most 8',)),

@@ -4,41 +4,46 @@ import inspect
 import math
 import os
 import re
+import reprlib
 import sys
 import traceback
 from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, cast
 
 import torch
-import yaml
 from timm.utils import ParseKwargs
 
 from . import scripts
 from .errors import DEBUG, InputError
+from .files import read_yaml
 
 __all__ = [
-    'Parser', 'add_evaluation_arguments', 'add_model_arguments', 'add_training_arguments', 'arguments_of',
-    'at_least_one', 'fraction', 'natural', 'non_negative', 'positive']
+    'KeyValues', 'Parser', 'add_evaluation_arguments', 'add_model_arguments', 'add_training_arguments',
+    'arguments_of', 'at_least_one', 'deviation', 'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
 
-def _number(kind: type, accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str], float]:
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if math.isinf(value) or not accept(value):
-            raise argparse.ArgumentTypeError(f'must be {wanted}, got {text}')
+        if not low <= value <= high:
+            wanted_here = f'at most {high:.10g}' if value > high else wanted
+            raise argparse.ArgumentTypeError(f'must be {wanted_here}, got {text[:60]}')
         return value
     return convert
 
 
-at_least_one = _number(int, lambda v: v >= 1, 'a whole number of at least 1')
-natural = _number(int, lambda v: v >= 0, 'a whole number of at least 0')
-positive = _number(float, lambda v: v > 0, 'a positive number')
-non_negative = _number(float, lambda v: v >= 0, 'a number of at least 0')
-fraction = _number(float, lambda v: 0 <= v <= 1, 'a number from 0 to 1')
+_INT32, _FLOAT32 = torch.iinfo(torch.int32), torch.finfo(torch.float32)
+at_least_one = _number(int, 1, _INT32.max, 'a whole number of at least 1')
+natural = _number(int, 0, _INT32.max, 'a whole number of at least 0')
+random_seed = _number(int, 0, 2 ** 32 - 1, 'a whole number of at least 0')  # as NumPy takes them
+positive = _number(float, _FLOAT32.tiny, _FLOAT32.max, 'a positive number')
+non_negative = _number(float, 0, _FLOAT32.max, 'a number of at least 0')
+fraction = _number(float, 0, 1, 'a number from 0 to 1')
+deviation = _number(float, 1e-6, 1, 'a number above 0 (pixels are in [0, 1])')
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]:
@@ -50,6 +55,16 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]
     """
     names = inspect.signature(function).parameters
     return {name: value for name, value in vars(args).items() if name in names}
+
+
+class KeyValues(ParseKwargs):
+    """timm's action for `KEY=VALUE ...`, with an error for what is something else."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        for value in values:
+            if not re.match(r'[^\W\d]\w*=', value):
+                raise argparse.ArgumentError(self, f'must be KEY=VALUE, got {value}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,18 +144,14 @@ class Parser(argparse.ArgumentParser):
         if os.path.dirname(path) in ('', 'configs') and not os.path.exists(path) and os.path.exists(included):
             path = included
         try:
-            with open(path, encoding='utf-8') as file:
-                values = yaml.safe_load(file) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f'config={path}: {" ".join(str(error).split())}') from error
-        if not isinstance(values, dict):
-            raise InputError(f'config={path}: must hold options as "name: value" lines')
-        return values
+            return read_yaml(path)
+        except InputError as error:
+            raise InputError(f'config={error}') from error
 
     def _check(self, values: Mapping[str, Any], where: str = '') -> Dict[str, Any]:
-        actions = {
-            flag.lstrip('-').replace('-', '_'): action for action in self._actions for flag in action.option_strings}
-        actions.update({action.dest: action for action in self._actions})  # as args.yaml has them
+        options = [action for action in self._actions if action.default != argparse.SUPPRESS]  # not --help
+        actions = {flag.lstrip('-').replace('-', '_'): action for action in options for flag in action.option_strings}
+        actions.update({action.dest: action for action in options})  # as args.yaml has them
         checked = {}
         for key, value in values.items():
             if key not in actions:
@@ -149,24 +160,41 @@ class Parser(argparse.ArgumentParser):
         return checked
 
     def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
-        if value is None or isinstance(value, dict):
+        if isinstance(action, KeyValues):
+            if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+                raise InputError(f'{where}: must be values by name, got {reprlib.repr(value)}')
             return value
-        if isinstance(action.default, bool) and not isinstance(value, bool):
-            raise InputError(f'{where}: must be true or false, got {value!r}')
-        fixed = action.nargs if isinstance(action.nargs, int) else 0
-        if fixed and (not isinstance(value, list) or len(value) != fixed):
-            raise InputError(f'{where}: must be a list of {action.nargs}, got {value!r}')
-        if isinstance(value, list) and not action.nargs:
-            raise InputError(f'{where}: must be one value, got {value!r}')
-        items = value if isinstance(value, list) else [value]
+        if value is None and action.default is None:
+            return None
+        if isinstance(action.default, bool):
+            if not isinstance(value, bool):
+                raise InputError(f'{where}: must be true or false, got {reprlib.repr(value)}')
+            return value
+        several = isinstance(value, (list, tuple))
+        if isinstance(action.nargs, int) and (not several or len(value) != action.nargs):
+            raise InputError(f'{where}: must be a list of {action.nargs}, got {reprlib.repr(value)}')
+        if several and action.nargs in (None, '?'):
+            raise InputError(f'{where}: must be one value, got {reprlib.repr(value)}')
+        items = [self._item(action, item, where) for item in (value if several else [value])]
+        return items if several or action.nargs in ('+', '*') else items[0]
+
+    def _item(self, action: argparse.Action, item: Any, where: str) -> Any:
+        item = os.fspath(item) if isinstance(item, os.PathLike) else item
+        if item is None or isinstance(item, (dict, list, tuple)) or (action.type is None and not isinstance(item, str)):
+            wanted = 'text (in quotes)' if action.type is None else 'one value'
+            raise InputError(f'{where}: must be {wanted}, got {reprlib.repr(item)}')
         try:
-            items = [self._get_value(action, str(item)) for item in items] if action.type else items
+            if b'\0' in os.fsencode(str(item)):
+                raise ValueError
+        except ValueError as error:  # or half of a surrogate pair
+            raise InputError(f'{where}: holds a character that no name may have, {reprlib.repr(item)}') from error
+        try:
+            item = self._get_value(action, str(item)) if action.type else item
         except argparse.ArgumentError as error:
-            raise InputError(f'{where}: {error.message}') from error
-        for item in items:
-            if action.choices is not None and item not in action.choices:
-                raise InputError(f'{where}: {item!r} is not one of {", ".join(map(str, action.choices))}')
-        return items if isinstance(value, list) or action.nargs in ('+', '*') else items[0]
+            raise InputError(f'{where}: {error.message[:200]}') from error
+        if action.choices is not None and item not in action.choices:
+            raise InputError(f'{where}: {reprlib.repr(item)} is not one of {", ".join(map(str, action.choices))}')
+        return item
 
 
 def add_evaluation_arguments(parser: Parser) -> None:
@@ -198,11 +226,12 @@ def add_model_arguments(parser: Parser) -> None:
                        help='weights (safetensors or torch file; ours, MoCo, DINO, ...)')
     group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")
     group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     group.add_argument('--img-size', metavar='PX', type=at_least_one, help="default: the model's")
     group.add_argument('--in-chans', metavar='N', type=int, help="3 (colour) or 1 (grey); default: the model's")
-    group.add_argument('--mean', nargs='+', type=float, metavar='X', help="of pixels in [0, 1]; default: the model's")
-    group.add_argument('--std', nargs='+', type=positive, metavar='X')
+    group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
+                       help="of pixels in [0, 1]; default: the model's")
+    group.add_argument('--std', nargs='+', type=deviation, metavar='X')
     group = parser.add_argument_group('Run')
     group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
     group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N', help='per process')
@@ -210,7 +239,7 @@ def add_model_arguments(parser: Parser) -> None:
     group.add_argument('--amp', action='store_true', help='mixed precision')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
     group.add_argument('--channels-last', action='store_true')
-    group.add_argument('--seed', type=natural, default=42, metavar='N')
+    group.add_argument('--seed', type=random_seed, default=42, metavar='N')
     group.add_argument('--output', metavar='DIR', help='folder for plots and other files; default: none are written')
     group.add_argument('--results-file', metavar='FILE', help='.json or .csv; the results are printed in any case')
 

@@ -1,14 +1,18 @@
-"""Files that are whole or absent (written beside their name, then renamed into place), and the CSV file of a run."""
+"""Files that are whole or absent (written beside their name, then renamed into place); YAML, JSON and CSV read."""
 import csv
+import json
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Mapping, Sequence, Union
+from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Sequence, Union
+
+import yaml
 
 from .errors import InputError
 
-__all__ = ['Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_rows']
+__all__ = [
+    'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_rows', 'read_yaml']
 
 
 @contextmanager
@@ -77,12 +81,70 @@ def make_folder(folder: str, parameter: str, value: str) -> None:
         raise InputError(f'{parameter}={value}: cannot write to {folder} ({error.strerror})') from error
 
 
-def read_rows(path: str) -> List[Dict[str, str]]:
-    """Rows of a `summary.csv`, values as text; none where there is no such file."""
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, with which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError('aliases (*name) are not supported')
+        return super().compose_node(parent, index)
+
+
+def _read_mapping(path: Union[str, Path], parse: Callable[[str], Any]) -> Dict[str, Any]:
+    try:
+        content = parse(Path(path).read_text(encoding='utf-8'))
+    except Exception as error:  # of odd content PyYAML raises many types, AttributeError and RecursionError among them
+        why = error.strerror if isinstance(error, OSError) else ' '.join(str(error).split())
+        raise InputError(f'{path}: {why[:300] if why else type(error).__name__}') from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InputError(f'{path}: must hold values by name ("name: value")')
+    return content
+
+
+def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
+    """Content of a YAML file that holds values by name; an empty file has none.
+
+    Raises:
+        InputError: no such file, or not such a file; starts with the path
+    """
+    return _read_mapping(path, lambda text: yaml.load(text, _Loader) or {})
+
+
+def read_json(path: Union[str, Path]) -> Dict[str, Any]:
+    """Content of a JSON file that holds values by name.
+
+    Raises:
+        InputError: no such file, or not such a file; starts with the path
+    """
+    return _read_mapping(path, json.loads)
+
+
+def read_rows(path: Union[str, Path], unit: str = 'epoch') -> List[Dict[str, str]]:
+    """Rows of a `summary.csv`, values as text; none where there is no such file.
+
+    Args:
+        path: the file
+        unit: column that numbers the rows
+
+    Raises:
+        InputError: a row that is not made of a number of the unit and numbers, or blanks; starts with the path
+    """
     if not os.path.exists(path):
         return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+    rows: List[Dict[str, str]] = []
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            for row in csv.DictReader(file):
+                if not 0 <= int(row[unit]) < 2 ** 40:
+                    raise ValueError
+                for value in row.values():
+                    float(value if value != '' else 0)
+                rows.append(row)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # short rows hold None, long ones a list
+        raise InputError(f'{path}: row {len(rows) + 1} is damaged, must be an {unit} and numbers') from error
+    return rows
 
 
 def epochs_done(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -99,13 +161,16 @@ class Summary:
         path: the file
         start: rows of earlier epochs are kept, later ones (of a run that is resumed before them) dropped
         unit: column that numbers the rows
+
+    Raises:
+        InputError: see `read_rows`
     """
 
     def __init__(self, path: str, start: int = 0, unit: str = 'epoch'):
         self.path = path
         self.rows: List[Dict[str, Any]] = []
         if start:
-            self.rows = [row for row in read_rows(path) if int(row[unit]) < start]
+            self.rows = [row for row in read_rows(path, unit) if int(row[unit]) < start]
 
     def add(self, row: Dict[str, Any]) -> None:
         """Append a row and write the file."""

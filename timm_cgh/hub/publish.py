@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm_cgh.data import data_name
 from timm_cgh.download import hub_reason, redact
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows
+from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows, read_yaml
 from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
@@ -37,6 +37,15 @@ def check_repo_id(repo_id: str) -> None:
             raise ValueError('must be OWNER/NAME')
 
 
+# of the options that the card computes with
+_KINDS: Dict[Any, Sequence[str]] = {
+    str: ('context', 'dataset', 'model'),
+    int: ('epochs', 'lr_base_size'),
+    dict: ('model_kwargs',),
+    (str, type(None)): ('data_dir', 'val_split'),
+}
+
+
 class _RunArguments(dict):
     """Content of an `args.yaml`; one of another version may lack an option."""
 
@@ -47,13 +56,17 @@ class _RunArguments(dict):
 def read_args(run: Union[str, Path]) -> Dict[str, Any]:
     """A run's `args.yaml`; no such file, one of something else, and an option that it lacks raise an `InputError`."""
     path = Path(run) / 'args.yaml'
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f'{path}: {getattr(error, "strerror", None) or "not a YAML file"}; give RUN/export') from error
-    if not isinstance(args, dict) or 'momentum_teacher' not in args:
+    args = _RunArguments(read_yaml(path))
+    if 'momentum_teacher' not in args:
         raise InputError(f'{path}: not the arguments of a run of train.py')
-    return _RunArguments(args)
+    for kind, names in _KINDS.items():
+        for name in names:
+            if not isinstance(args[name], kind):
+                raise InputError(f'{path}: its {name} is damaged')
+    ratio = args['ratio']
+    if not isinstance(ratio, list) or len(ratio) != 2 or not all(isinstance(value, (int, float)) for value in ratio):
+        raise InputError(f'{path}: its ratio is damaged')
+    return args
 
 
 def portable_args(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
@@ -128,7 +141,10 @@ def write_folder(
     export, folder = Path(export), Path(folder)
     args, rows = read_args(export.parent), read_rows(str(export.parent / 'summary.csv'))
     config, model = check_folder(export), load_folder(export).eval()
-    if config['num_classes']:
+    cfg = config.get('pretrained_cfg', {})
+    if lacking := sorted({'crop_pct', 'input_size', 'interpolation', 'mean', 'std', 'tag'} - cfg.keys()):
+        raise InputError(f"{export / 'config.json'}: has no {lacking[0]}")
+    if config.get('num_classes'):
         raise InputError(f"export={export}: has a classifier of {config['num_classes']} classes; give RUN/export")
     checkpoint = checkpoint or dict(state_dict={}, progress={})
     state, trained = model.state_dict(), checkpoint['state_dict']
@@ -142,7 +158,7 @@ def write_folder(
     evaluations = [
         *read_knn_checks(rows, args, dataset, progress.get('knn_before')),
         *(read_result(path, config['architecture'], export, digest) for path in results)]
-    config['pretrained_cfg'].update(license=license, paper_name=PAPER)
+    cfg.update(license=license, paper_name=PAPER)
     with checking('output', folder, OSError):
         folder.mkdir(parents=True, exist_ok=True)
         facts = Facts(

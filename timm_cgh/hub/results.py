@@ -1,9 +1,9 @@
 """Results of a run's evaluations, each with its protocol."""
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 from timm_cgh.errors import InputError
+from timm_cgh.files import read_json
 
 __all__ = ['Result', 'read_knn_checks', 'read_result']
 
@@ -95,7 +95,7 @@ def _parse(results: Mapping[str, Any]) -> Result:
         name=name.format(**values) + (f', {baseline}' if baseline else ''),
         dataset=str(values['dataset']),
         top1=float(results['top1']),
-        top5=results.get('top5'),
+        top5=None if results.get('top5') is None else float(results['top5']),
         protocol=(text + _IMAGES).format(**values),
         settings={key: results[key] for key in settings},
         own=baseline is None,
@@ -110,14 +110,15 @@ def read_result(path: Union[str, Path], architecture: str, export: Path, digest:
             `weights_digest` is `digest`
     """
     try:
-        results = json.loads(Path(path).read_text(encoding='utf-8'))
+        results = read_json(path)
+    except InputError as error:
+        raise InputError(f'results={error}') from error
+    try:
         result = _parse(results)
         _check_model(results, architecture, export)
-    except OSError as error:
-        raise InputError(f'results={path}: {error.strerror}') from error
     except InputError as error:
         raise InputError(f'results={path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:  # JSON of any other shape
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any other shape
         raise InputError(
             f'results={path}: not what eval_knn.py, eval_linear.py or eval_semisup.py write as JSON') from error
     if digest and result.own and results.get('digest', digest) != digest:

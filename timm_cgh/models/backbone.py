@@ -1,17 +1,21 @@
 """timm backbones: create one, recognise a features_only wrapper, turn it back into the plain model."""
 import difflib
+import math
 import os
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union, cast
+import reprlib
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import timm
 import torch.nn as nn
 
 from timm_cgh.download import HUB_PREFIX, fetch_folder
 from timm_cgh.errors import InputError, checking
+from timm_cgh.files import read_json
 
 __all__ = [
-    'check_model_name', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names', 'resolve_data_config',
-    'timm_config']
+    'check_model_name', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names', 'read_config',
+    'resolve_data_config', 'timm_config']
 
 _LOCAL_PREFIX = 'local-dir:'  # timm's
 
@@ -30,6 +34,33 @@ def check_model_name(model: str) -> None:
         similar = difflib.get_close_matches(model.split('.')[0], timm.list_models(), n=3)
         hint = f", did you mean {', '.join(similar)}?" if similar else ''
         raise InputError(f'model={model}: timm has no such model{hint}')
+
+
+def read_config(path: Union[str, Path]) -> Dict[str, Any]:
+    """A `config.json` in timm's hub format.
+
+    Raises:
+        InputError: no such file, or values that no timm model has; starts with the path
+    """
+    config = read_json(path)
+    cfg = config.get('pretrained_cfg', {})
+    if not isinstance(config.get('architecture'), str) or not isinstance(cfg, dict):
+        raise InputError(f'{path}: not the configuration of a timm model')
+    cfg = {**config, **cfg}  # old versions of timm wrote one level
+
+    def check(name: str, valid: Callable[[Any], bool]) -> None:
+        if name in cfg and not valid(cfg[name]):
+            raise InputError(f'{path}: its {name} is {reprlib.repr(cfg[name])}')
+
+    def numbers(values: Any, accept: Callable[[float], bool]) -> bool:
+        return isinstance(values, list) and all(type(value) in (int, float) and accept(value) for value in values)
+
+    check('input_size', lambda v: numbers(v, lambda n: n in range(1, 2 ** 16)) and len(v) == 3)
+    lengths = (1, 3, cfg.get('input_size', [3])[0])  # timm's models for other numbers of channels may keep three
+    check('mean', lambda v: numbers(v, math.isfinite) and len(v) in lengths)
+    check('std', lambda v: numbers(v, lambda n: 0 < n < math.inf) and len(v) in lengths)
+    check('num_classes', lambda v: type(v) is int and v in range(2 ** 31))
+    return config
 
 
 def create_backbone(name: str, img_size: Optional[Union[int, Tuple[int, int]]] = None, **kwargs: Any) -> nn.Module:
@@ -52,6 +83,8 @@ def create_backbone(name: str, img_size: Optional[Union[int, Tuple[int, int]]] =
     if kwargs.get('pretrained') and name.startswith(HUB_PREFIX):
         with checking('model', name, RuntimeError):
             name = f"{_LOCAL_PREFIX}{fetch_folder(name, cache_dir=kwargs.get('cache_dir'))}"
+    if name.startswith(_LOCAL_PREFIX):
+        read_config(Path(name.removeprefix(_LOCAL_PREFIX), 'config.json'))
     if img_size is not None:
         try:
             return timm.create_model(name, img_size=img_size, **kwargs)

@@ -1,7 +1,6 @@
 """Reading weights: files, folders in timm's hub format, models of the Hub. Nothing is unpickled freely."""
 import argparse
 import hashlib
-import json
 import os
 import re
 import zipfile
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from timm_cgh.download import HUB_PREFIX, fetch_folder
 from timm_cgh.errors import InputError, checking, reason
 
+from .backbone import read_config
 from .matching import backbone_state, misfits
 
 __all__ = [
@@ -135,11 +135,8 @@ def check_folder(folder: Union[str, Path], architecture: Optional[str] = None) -
     config_path, weights_path = Path(folder, 'config.json'), Path(folder, 'model.safetensors')
     if absent := [path.name for path in (config_path, weights_path) if not path.is_file()]:
         raise InputError(f"{folder}: has no {absent[0]}; give a run's export folder")
-    try:
-        config = json.loads(config_path.read_text(encoding='utf-8'))
-        name = config['architecture']
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{config_path}: not the configuration of a timm model') from error
+    config = read_config(config_path)
+    name = config['architecture']
     if architecture not in (None, name):
         raise InputError(f'{folder}: holds a {name}, not a {architecture}')
     try:

@@ -3,15 +3,12 @@
 The paper's two curves come from two runs: CGH's hypercolumn relation (`context=cross`) and ReSSL's global one
 (`context=global`), each trained with `track_relations`.
 """
-import csv
 import os
 from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-import yaml
-
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import read_rows
+from timm_cgh.files import read_rows, read_yaml
 from timm_cgh.plots.style import COLORS, GREY, label_epochs, new_figure, plot, plot_epochs, read_column, save_figure
 from timm_cgh.task.positives import Selection
 
@@ -91,11 +88,8 @@ def read_tracked_run(folder: Union[str, Path], context: str, label: str = '', pa
     """
     relation = 'hyper' if context == 'cross' else context
     at_fault = f'{parameter}={folder}'
-    with checking(parameter, folder, OSError, ValueError, csv.Error, yaml.YAMLError):
-        args = yaml.safe_load(Path(folder, 'args.yaml').read_text(encoding='utf-8'))
-        curve = relation_curve(read_rows(os.path.join(folder, 'summary.csv')), relation, label)
-    if not isinstance(args, dict):
-        raise InputError(f'{at_fault}: its args.yaml holds no options')
+    args = read_yaml(Path(folder, 'args.yaml'))
+    curve = relation_curve(read_rows(os.path.join(folder, 'summary.csv')), relation, label)
     if args.get('context') != context:
         raise InputError(f"{at_fault}: trained with context {args.get('context')}, must be {context}")
     if not args.get('track_relations') or not curve.recall[0]:

@@ -3,6 +3,7 @@
 
     python plot.py runs output/train/a output/train/b --names CGH MoCo-v2 --out curves.png
     python plot.py relations RUN_CGH RUN_RESSL --out fig2.png     # Fig. 2, of runs with --track-relations
+    python plot.py report RUN                                     # report.html anew, with results that came later
 """
 import os
 import sys
@@ -11,6 +12,7 @@ from timm_cgh.arguments import Parser
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import read_rows
 from timm_cgh.plots import read_tracked_run, save_relations, save_runs
+from timm_cgh.plots.report import save_report
 
 
 def plot_runs(args):
@@ -40,6 +42,13 @@ def plot_relations(args):
     return write(args.out, save_relations, [cgh.curve, ressl.curve], args.out, cgh.selection, sizes, title)
 
 
+def write_report(args):
+    """The report of a run anew, with the results (JSON files of evaluations) that lie in its folder by now."""
+    with checking('folder', args.folder, OSError):
+        print(save_report(args.folder))
+    return 0
+
+
 def write(out, save, *content):
     if not out.lower().endswith('.png'):
         raise InputError(f'out={out}: must end in .png')
@@ -66,6 +75,10 @@ relations_parser.add_argument('cgh', metavar='RUN_CGH', help='folder of a run of
 relations_parser.add_argument('ressl', metavar='RUN_RESSL', help='the same with --context global')
 relations_parser.add_argument('--out', metavar='FILE', default='fig2.png', help='PNG file to write')
 relations_parser.set_defaults(parser=relations_parser, plot=plot_relations)
+
+report_parser = plots.add_parser('report', help='one page about a run', description=write_report.__doc__)
+report_parser.add_argument('folder', metavar='RUN', help='folder of a run of train.py')
+report_parser.set_defaults(parser=report_parser, plot=write_report)
 
 
 def main(argv=None):

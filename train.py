@@ -28,10 +28,11 @@ from timm_cgh.data import (
     ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_knn_datasets)
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.distributed import end_process, init_process
+from timm_cgh.errors import InputError
 from timm_cgh.eval.features import FeatureExtractor
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import resolve_data_config
-from timm_cgh.progress import log_to_console
+from timm_cgh.progress import log_to_console, log_to_file
 from timm_cgh.task import BASELINES
 from timm_cgh.task.positives import Selection
 from timm_cgh.train.build import (
@@ -54,6 +55,8 @@ group = parser.add_argument_group('Data')
 group.add_argument('--data-dir', metavar='DIR', help='folder of images (class folders or none), tar, root of --dataset')
 group.add_argument('--dataset', metavar='NAME', default='',
                    help="digits, or timm's torch/..., hfds/..., hfids/..., wds/..., tfds/...; default: folder or tar")
+group.add_argument('--knn-dir', metavar='DIR',
+                   help='labelled images for the kNN evaluation: class folders, in folders train and val or not')
 group.add_argument('--train-split', metavar='NAME', default='train')
 group.add_argument('--val-split', metavar='NAME', help='labelled, for kNN; default: found, or a fifth of the images')
 group.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ and other data sets')
@@ -158,12 +161,16 @@ group.add_argument('--output', default=os.path.join('output', 'train'), metavar=
 group.add_argument('--experiment', default='', metavar='NAME', help='folder of the run; default: time, model and size')
 group.add_argument('--resume', metavar='FILE|auto', help="auto: --experiment's newest, or afresh; or hf-hub:OWNER/NAME")
 group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N', help='kept beside last and best')
+group.add_argument('--checkpoint-interval', type=natural, default=0, metavar='N',
+                   help='epochs between checkpoints that are kept for good (milestone-N.pth.tar), 0 for none')
 group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
                    help='batches between recovery checkpoints, 0 for none')
 group.add_argument('--knn-interval', type=natural, default=5, metavar='N',
                    help='epochs between evaluations (kNN, quality), 0 for none')
 group.add_argument('--quality-images', type=natural, default=1024, metavar='N',
                    help='training images for RankMe, alignment and uniformity, which need no labels; 0 for none')
+group.add_argument('--knn-img-size', type=at_least_one, metavar='PX',
+                   help='side of the images in the kNN evaluation; default: the training size')
 group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N', help='at most, on either side of kNN')
 group.add_argument('--track-relations', type=Selection.normalize, nargs='?', const='10/K', metavar='THRESHOLD',
                    help="recall and precision of the teacher's positives (Fig. 2), for one batch per --log-interval: "
@@ -243,13 +250,25 @@ def build_monitor(args, dataset, data_config, process):
         return None
     source = {**arguments_of(open_knn_datasets, args), **arguments_of(open_dataset, args)}
     train = None if is_stream(dataset) else dataset
-    sets, description = open_knn_datasets(**source, max_images=args.knn_images, train=train)
+    if args.knn_dir:
+        train, source = None, dict(
+            dataset='', data_dir=args.knn_dir, train_split='train', val_split=None, seed=args.seed,
+            in_chans=args.in_chans)
+    try:
+        sets, description = open_knn_datasets(**source, max_images=args.knn_images, train=train)
+    except InputError as error:
+        raise InputError(str(error).replace('data_dir', 'knn_dir') if args.knn_dir else str(error)) from error
+    if args.knn_dir:
+        if sets is None:
+            raise InputError(f'knn_dir={args.knn_dir}: {description}')
+        description = f'{len(sets[1])} images of {args.knn_dir} against {len(sets[0])} others there'
     _logger.info(f'kNN: {description}')
     if sets is None:
         return None
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    size = data_config['input_size'] if args.knn_img_size is None else (args.in_chans, *2 * [args.knn_img_size])
     return KnnMonitor(*sets, FeatureExtractor(
-        data_config,
+        {**data_config, 'input_size': size},
         process,
         batch_size=args.batch_size,
         workers=args.workers,
@@ -292,6 +311,7 @@ def pretrain(args):
     """The whole job; returns the `Run`."""
     given = dict(vars(args))
     with contextlib.ExitStack() as stack:
+        open_log = stack.enter_context(log_to_file())
         stop = stack.enter_context(StopRequest())
         process = start_process(args)
         dataset = open_dataset(
@@ -315,6 +335,8 @@ def pretrain(args):
         optimizer, scheduler, scaler = prepare_optimization(args, task, len(loader), process)
 
         folder = stack.enter_context(claim_folder(folder, args.output, bool(args.experiment), point, process))
+        if process.primary:
+            open_log(os.path.join(folder, 'train.log'))
         run = Run(
             given=given,
             settings=args,
@@ -329,6 +351,7 @@ def pretrain(args):
             scheduler=scheduler,
             scaler=scaler,
             data_config=data_config,
+            images=num_images(dataset),
             fingerprint=fingerprint(dataset),
             monitor=monitor,
             quality=build_quality(args, dataset, views, to_device),

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from datetime import timedelta
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterable, Iterator, Optional, TypeVar
 
 import torch
 from timm.utils import FormatterNoInfo
@@ -20,6 +20,7 @@ except ImportError:  # Windows
 __all__ = ['Progress', 'log_to_console', 'log_to_file', 'peak_memory']
 
 _logger = logging.getLogger('train')
+_Item = TypeVar('_Item')
 
 
 @contextlib.contextmanager
@@ -89,6 +90,7 @@ class Progress:
         self.epoch, self.epochs, self.start, self.steps, self.batch_size = epoch, epochs, start, steps, batch_size
         self.silent = silent
         self.began = time.perf_counter()
+        self.waited = 0.0  # seconds
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -102,14 +104,26 @@ class Progress:
         """Rate since the start, after `done` batches of the epoch."""
         return (done - self.start) * self.batch_size / (time.perf_counter() - self.began)
 
+    def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
+        """The batches, with the time that each lets the training wait."""
+        iterator, asked = iter(batches), time.perf_counter()
+        for batch in iterator:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    @property
+    def data_wait(self) -> float:
+        """Percentage of the time since the start in which the training waited for data."""
+        return 100 * self.waited / (time.perf_counter() - self.began)
+
     def report(self, done: int, loss: float, lr: float, knn: Optional[float] = None) -> None:
         """Report rate, remaining time and the epoch's mean loss so far."""
         rate = self.images_per_second(done)
         left = (self.epochs - self.epoch) * self.steps - done
         eta = timedelta(seconds=round(left * self.batch_size / rate))
         knn_text = '' if knn is None else f', kNN {knn:.1f} %'
-        self.bar.set_postfix_str(f'{rate:.0f} images/s, ETA {eta}, loss {loss:.3f}{knn_text}')
+        rates = f'{rate:.1f} images/s (data wait {self.data_wait:.0f} %), ETA {eta}{knn_text}'
+        self.bar.set_postfix_str(f'loss {loss:.3f}, {rates}')
         if self.bar.disable and not self.silent:
-            _logger.info(
-                f'epoch {self.epoch} [{done}/{self.steps}] loss {loss:.4f}, lr {lr:.3g}, {rate:.1f} images/s, ETA {eta}'
-                f'{knn_text}')
+            _logger.info(f'epoch {self.epoch} [{done}/{self.steps}] loss {loss:.4f}, lr {lr:.3g}, {rates}')

@@ -60,6 +60,10 @@ class ViewLoader:
         dataset = self.loader.dataset  # workers of a stream are new each epoch, and see what is set on it
         (dataset if is_stream(dataset) else self.loader.batch_sampler).set_epoch(epoch, start_batch)
 
+    def read(self, indices: Sequence[int], epoch: int = 0) -> Batch:
+        """Views of chosen images of a map-style data set, read in this process."""
+        return _collate([self.loader.dataset[epoch, index] for index in indices])
+
     def __iter__(self) -> Iterator[Batch]:
         with signals_blocked():
             iterator = iter(self.loader)

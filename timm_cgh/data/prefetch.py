@@ -30,6 +30,11 @@ class ViewsToDevice:
             for view, params in zip(batch.views, batch.params)
         ]
 
+    def to_pixels(self, view: torch.Tensor) -> torch.Tensor:
+        """(B, size, size, C) uint8 on the CPU: what a view looks like."""
+        pixels = (view * self.std + self.mean).clamp(0, 1) * 255
+        return pixels.round().byte().permute(0, 2, 3, 1).cpu()
+
     def prefetch(self, loader: Iterable[Batch]) -> Iterator[Tuple[Batch, List[torch.Tensor]]]:
         """Yield each batch with its views; on a GPU the next ones are copied and augmented while these are in use."""
         if self.device.type != 'cuda':

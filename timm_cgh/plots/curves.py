@@ -20,8 +20,9 @@ _PANELS = {
         'train_loss_hh': ('hypercolumn → hypercolumn', ORANGE, 1.4),
         'train_loss_nce': ('InfoNCE (warm-up)', PINK, 1.4),
     }),
-    'lr': ('Learning rate', '', {'lr': ('', GREY, 1.8)}),
     'knn': ('kNN accuracy', 'top-1, %', {'eval_knn': ('student', GREEN, 1.8)}),
+    'rankme': ('RankMe: effective rank of the features', '', {'eval_rankme': ('', GREEN, 1.8)}),
+    'lr': ('Learning rate', '', {'lr': ('', GREY, 1.8)}),
     'entropy': ('Entropy of the target', 'nats', {
         'train_entropy_global': ('global', BLUE, 1.6),
         'train_entropy_hyper': ('hypercolumn', ORANGE, 1.6),
@@ -30,6 +31,8 @@ _PANELS = {
         'train_std_global': ('global', BLUE, 1.6),
         'train_std_hyper': ('hypercolumn', ORANGE, 1.6),
     }),
+    'alignment': ('Alignment of two views (lower: more invariant)', '', {'eval_alignment': ('', GREEN, 1.8)}),
+    'uniformity': ('Uniformity (lower: more spread out)', '', {'eval_uniformity': ('', GREEN, 1.8)}),
 }
 # Several runs: title, unit, columns; the second column is dashed
 _SHARED_PANELS = (
@@ -47,7 +50,7 @@ def save_curves(
         title: str = '',
         knn_levels: Optional[Mapping[str, float]] = None,
 ) -> None:
-    """Plot a run over its epochs: loss and its parts, learning rate, kNN accuracy, entropy and spread.
+    """Plot a run over its epochs: one panel for the loss and its parts, one for each measure that was taken.
 
     Args:
         rows: rows of `summary.csv`, see `read_column`
@@ -58,19 +61,27 @@ def save_curves(
     Raises:
         OSError: the file cannot be written
     """
-    figure = new_figure(10.5, 6.6)
-    panels = figure.subplot_mosaic([['loss', 'lr'], ['knn', [['entropy'], ['std']]]], sharex=True)
-    for name, (heading, unit, columns) in _PANELS.items():
-        for column, (label, color, width) in columns.items():
-            plot_epochs(panels[name], *read_column(rows, column), label=label, color=color, linewidth=width)
+    measured = {name: panel for name, panel in _PANELS.items() if any(read_column(rows, c)[0] for c in panel[2])}
+    width = max(2, math.ceil(len(measured) / 2))
+    figure = new_figure(0.6 + 4.4 * width, 6.6)
+    grid = figure.subplots(2, width, sharex=True)
+    panels = dict(zip(measured, grid.flat))
+    for axes in grid.flat[len(measured):]:
+        axes.set_visible(False)
+    for name, (heading, unit, columns) in measured.items():
+        for column, (label, color, line_width) in columns.items():
+            plot_epochs(panels[name], *read_column(rows, column), label=label, color=color, linewidth=line_width)
         label_epochs(panels[name], heading, unit)
-    for (label, level), style in zip((knn_levels or {}).items(), ('dashed', 'dotted', 'dashdot', (0, (5, 1)))):
-        panels['knn'].axhline(level, color=GREY, linewidth=1.2, linestyle=style, label=label)
+    if 'knn' in panels:
+        for (label, level), style in zip((knn_levels or {}).items(), ('dashed', 'dotted', 'dashdot', (0, (5, 1)))):
+            panels['knn'].axhline(level, color=GREY, linewidth=1.2, linestyle=style, label=label)
     for name, axes in panels.items():
         if len(axes.get_lines()) > 1:
             axes.legend(title='student context → target' if name == 'loss' else None)
-    panels['lr'].ticklabel_format(axis='y', style='sci', scilimits=(-2, 4))
-    panels['std'].set_ylim(0, 1.05)
+    if 'std' in panels:
+        panels['std'].set_ylim(0, 1.05)
+    if 'lr' in panels:
+        panels['lr'].ticklabel_format(axis='y', style='sci', scilimits=(-2, 4))
     save_figure(figure, path, title)
 
 

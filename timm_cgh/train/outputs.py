@@ -1,28 +1,109 @@
-"""What a run writes and logs: its description, warnings, the exported backbone, plots."""
+"""What a run writes and logs: its settings and description, warnings, the exported backbone, plots."""
+import importlib.metadata
 import logging
 import math
 import os
-from typing import Any, List, Mapping, Optional, Sequence
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+import numpy as np
+import yaml
+
+import timm_cgh
+from timm_cgh.data import ViewLoader, ViewsToDevice
+from timm_cgh.data.decode import read_or_substitute
 from timm_cgh.eval.loader import eval_crop_pct
-from timm_cgh.files import epochs_done
+from timm_cgh.files import atomic_write, epochs_done
 from timm_cgh.models.export import export_backbone
 from timm_cgh.plots.curves import save_curves
 from timm_cgh.plots.relations import relation_curve, save_relations
+from timm_cgh.plots.report import save_report
+from timm_cgh.plots.views import save_views
 from timm_cgh.task import CGHTask, MomentumTask
 from timm_cgh.task.positives import Selection
 
 from .build import Backbone
 
-__all__ = ['describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'write_plots']
+__all__ = [
+    'describe_epoch', 'describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'write_plots', 'write_settings',
+    'write_views']
 
 _logger = logging.getLogger('train')
+
+
+def _commit() -> Optional[str]:
+    """Commit of the checkout that the package lies in, with `-dirty` where files were changed; None for a wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / '.git').exists():
+        return None
+    done = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=root, capture_output=True,
+        text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def write_settings(
+        folder: str,
+        given: Mapping[str, Any],
+        settled: Mapping[str, Any],
+        **facts: Any,
+) -> Dict[str, Any]:
+    """Write `args.yaml`, the options as given, and `resolved.yaml`, what they came to on this machine.
+
+    Args:
+        folder: of the run
+        given: options, good for `--config`
+        settled: the same with every default filled in
+        **facts: what else the run depends on
+
+    Returns:
+        content of `resolved.yaml`
+    """
+    versions = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'Pillow', 'numpy')}
+    resolved = dict(
+        options=dict(settled),
+        **facts,
+        versions=dict(python=platform.python_version(), timm_cgh=timm_cgh.__version__, **versions),
+        commit=_commit(),
+    )
+    for name, content in (('args.yaml', dict(given)), ('resolved.yaml', resolved)):
+        with atomic_write(os.path.join(folder, name)) as file:
+            yaml.safe_dump(content, file, default_flow_style=None, sort_keys=False)
+    return resolved
+
+
+def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> None:
+    """Write `views.png`: some images, and their views as the networks see them in the first epoch.
+
+    Not for streams.
+    """
+    views: Any = loader.loader.dataset
+    indices = sorted({round(i) for i in np.linspace(0, len(views) - 1, 6)})
+    batch = loader.read(indices)
+    images = [np.atleast_3d(read_or_substitute(views.dataset, index, views.mode)[0]) for index in batch.index.tolist()]
+    columns = [images, *(to_device.to_pixels(view).numpy() for view in to_device(batch))]
+    names = ['image', 'teacher', 'student', *[''] * (len(columns) - 3)]
+    save_views(list(zip(*columns)), names, os.path.join(folder, 'views.png'))
 
 
 def describe_run(task: MomentumTask, model: str, method: str, context: str) -> str:
     """Model and method in one line."""
     millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
     return f'{model} ({millions:.2f} M parameters), {f"{context} context" if method == "cgh" else method}'
+
+
+def describe_epoch(row: Mapping[str, Any]) -> str:
+    """What matters most in a row of `summary.csv`, in at most 100 columns."""
+    names = [name for name in ('gh', 'hg', 'gg', 'hh', 'nce') if f'train_loss_{name}' in row]
+    parts = [f"{name} {row[f'train_loss_{name}']:.3f}" for name in names]
+    text = f"epoch {row['epoch']}: loss {row['train_loss']:.3f}" + (f" ({', '.join(parts)})" if parts[1:] else '')
+    for column, format in (
+            ('eval_knn', 'kNN {:.2f} %'), ('eval_rankme', 'RankMe {:.4g}'), ('train_images_per_s', '{:.0f} images/s')):
+        if column in row:
+            text += ', ' + format.format(row[column])
+    return text
 
 
 def warn_if_collapsed(row: Mapping[str, Any], bank_size: int) -> None:
@@ -64,7 +145,7 @@ def write_plots(
         knn_baselines: Mapping[str, Optional[float]],
         selection: Optional[Selection] = None,
 ) -> None:
-    """Write `curves.png` and, where relations were tracked, `relations.png`; needs a finished epoch and matplotlib.
+    """Write `curves.png`, `relations.png` where relations were tracked, and `report.html`, once an epoch is finished.
 
     Args:
         folder: of the run
@@ -83,9 +164,12 @@ def write_plots(
         curves = [relation_curve(rows, context) for context in sorted(task.banks, reverse=True)]  # hyper first
         path = os.path.join(folder, 'relations.png')
         save_relations(curves, path, selection, [task.banks['global'].size], name)
+    save_report(folder)
 
 
 def list_files(folder: str) -> List[str]:
     """Names of the files that a run leaves in its folder, of those that are there."""
-    names = ('args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'export/', 'curves.png', 'relations.png')
+    names = (
+        'args.yaml', 'resolved.yaml', 'train.log', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'export/',
+        'report.html', 'curves.png', 'views.png', 'relations.png')
     return [name for name in names if os.path.exists(os.path.join(folder, name))]

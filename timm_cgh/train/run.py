@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
 import torch
-import yaml
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler
 
-from timm_cgh.data import ViewLoader, ViewsToDevice
+from timm_cgh.data import ViewLoader, ViewsToDevice, is_stream
 from timm_cgh.distributed import Process, all_gather_objects
 from timm_cgh.errors import checking
-from timm_cgh.files import Summary, atomic_write
+from timm_cgh.files import Summary
 from timm_cgh.progress import Progress, peak_memory
 from timm_cgh.task import MomentumTask
 from timm_cgh.task.positives import RelationTracker, relation_columns
@@ -23,7 +22,7 @@ from .build import Backbone
 from .checkpoint import RunSaver
 from .meter import Meter
 from .monitor import KnnMonitor, QualityMonitor
-from .outputs import export_run, list_files, warn_if_collapsed, write_plots
+from .outputs import describe_epoch, export_run, list_files, warn_if_collapsed, write_plots, write_settings, write_views
 from .resume import ResumePoint, is_within, restore
 from .stop import StopRequest
 
@@ -63,6 +62,7 @@ class Run:
         stop: requests to end early
         backbone, task, loader, to_device, optimizer, scheduler, scaler: the parts of the training step
         data_config: size and normalisation of the images
+        images: number of training images
         fingerprint: of the training images
         monitor: kNN evaluation, None for none
         quality: evaluation without labels, None for none
@@ -81,6 +81,7 @@ class Run:
     scheduler: Optional[Scheduler]
     scaler: Optional[NativeScaler]
     data_config: Dict[str, Any]
+    images: int = 0
     fingerprint: str = ''
     monitor: Optional[KnnMonitor] = None
     quality: Optional[QualityMonitor] = None
@@ -141,6 +142,7 @@ class Run:
                 self.meter.load_state_dict(progress['meter'], self.process.device)
         if self.process.primary and is_within(point.path, self.folder):
             self.saver.restore(point.state, point.path, point.rewind)
+            self._keep_checkpoint()
         _logger.info(f'Resumed {point.path} at epoch {self.epoch}, batch {self.batch}')
         if self.epoch >= self.settings.epochs:
             _logger.info(f'This run is finished: it has all of its {self.settings.epochs} epochs')
@@ -151,9 +153,12 @@ class Run:
             self.scheduler.step_update(self.task.num_updates)
         self.summary = Summary(os.path.join(self.folder, 'summary.csv'), self.epoch)
         if self.process.primary:
-            with atomic_write(os.path.join(self.folder, 'args.yaml')) as file:
-                yaml.safe_dump(self.given, file, default_flow_style=None, sort_keys=False)
-            self.boards = Boards(self.folder, self.given, self.settings.log_wandb, self.settings.log_tensorboard)
+            resolved = write_settings(
+                self.folder, self.given, vars(self.settings), images=self.images, **self.data_config,
+                device=str(self.process.device), processes=self.process.world_size)
+            if self.epoch == self.batch == 0 and not is_stream(self.loader.loader.dataset):
+                write_views(self.folder, self.loader, self.to_device)
+            self.boards = Boards(self.folder, resolved, self.settings.log_wandb, self.settings.log_tensorboard)
         if self.monitor is not None:
             if self.knn_pixels is None:
                 self.knn_pixels = self.monitor.pixels()
@@ -185,7 +190,8 @@ class Run:
         self.progress = Progress(
             epoch, self.settings.epochs, self.batch, count, self.settings.batch_size * self.process.world_size,
             silent=not self.process.primary)
-        for i, (batch, views) in enumerate(self.to_device.prefetch(self.loader), start=self.batch):
+        batches = self.progress.waiting(self.to_device.prefetch(self.loader))
+        for i, (batch, views) in enumerate(batches, start=self.batch):
             self._note_unreadable(batch.unreadable)
             # The model's own randomness (dropout, stochastic depth) is a function of step and rank: a resumed run draws
             # what the uninterrupted one would have drawn.
@@ -201,9 +207,9 @@ class Run:
         self.meter.update(result)
         self.batch = step.batch + 1
         self.progress.bar.update()
-        if step.logged:
-            if not self._finite():
-                return False
+        if step.logged and not self._finite():
+            return False
+        if step.logged or (self.progress.start == step.batch and not self.progress.bar.disable):
             self.progress.report(
                 self.batch, self.meter.read()['loss'], self.optimizer.param_groups[0]['lr'], self.knn)
         if not step.update or self.batch == len(self.loader):
@@ -272,11 +278,16 @@ class Run:
         self.summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
         self.saver.progress.update(epoch=epoch + 1, batch=0, knn=self.knn, meter=None)
         self.saver.save_checkpoint(epoch, metric=knn)
+        self._keep_checkpoint()
         if not last:  # the export of a run that is killed is as new as its checkpoint
             self._export()
-        averages = ', '.join(f'{k[6:]} {v:.4g}' for k, v in row.items() if k.startswith('train_'))
-        _logger.info(f"epoch {epoch}: {averages}{'' if knn is None else f', kNN {knn:.2f} %'}")
+        _logger.info(describe_epoch(row))
         self.boards.log(row)
+
+    def _keep_checkpoint(self) -> None:
+        interval = self.settings.checkpoint_interval
+        if interval and self.epoch and not self.batch and self.epoch % interval == 0:
+            self.saver.save_milestone(self.epoch)
 
     def _row(
             self,
@@ -287,7 +298,12 @@ class Run:
             quality: Dict[str, float],
     ) -> Dict[str, Any]:
         """Row of `summary.csv`."""
-        row = {'epoch': epoch, **{f'train_{k}': v for k, v in means.items()}, 'train_images_per_s': round(rate, 1)}
+        row = {
+            'epoch': epoch,
+            **{f'train_{k}': v for k, v in means.items()},
+            'train_images_per_s': round(rate, 1),
+            'train_data_wait': round(self.progress.data_wait, 1),
+        }
         if math.isfinite(memory := peak_memory(self.process.device)):
             row['train_peak_memory_mib'] = round(memory)
         if knn is not None:

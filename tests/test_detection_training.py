@@ -1,4 +1,4 @@
-"""Fine-tuning of a detector: it can learn what it sees; parameter groups, learning rate, batch statistics."""
+"""Fine-tuning of a detector: it overfits a few images; parameter groups, learning rate, batch statistics."""
 from functools import partial
 
 import pytest
@@ -50,7 +50,7 @@ def train(annotations, name, steps, batch_size, side, lr=0.02, **options):
     return detector, losses, batches
 
 
-def learn_by_heart(annotations, steps, **options):
+def overfit(annotations, steps, **options):
     """AP50 of boxes and masks on the images that the detector was trained on."""
     detector, _, batches = train(annotations, 'resnet10t', steps, batch_size=4, side=96, **options)
     recompute_batch_norm(detector, batches(range(10)))
@@ -65,14 +65,14 @@ def test_losses_fall(scenes):
 
 
 @pytest.mark.slow
-def test_fpn_learns_eight_scenes_by_heart(scenes):
-    found = learn_by_heart(first(scenes, 8), 120, head='fpn', masks=True, channels=64)
+def test_fpn_overfits_eight_scenes(scenes):
+    found = overfit(first(scenes, 8), 120, head='fpn', masks=True, channels=64)
     assert found['bbox'] >= 90 and found['segm'] >= 90
 
 
 @pytest.mark.slow
-def test_c4_learns_four_scenes_by_heart(scenes):
-    assert learn_by_heart(first(scenes, 4), 200, head='c4', anchor_sizes=[16, 32, 48, 64, 96])['bbox'] >= 90
+def test_c4_overfits_four_scenes(scenes):
+    assert overfit(first(scenes, 4), 200, head='c4', anchor_sizes=[16, 32, 48, 64, 96])['bbox'] >= 90
 
 
 def test_weight_decay_spares_norms_alone():

@@ -1,4 +1,4 @@
-"""Annotated images in COCO's form, and what of them a detector can be trained on."""
+"""Annotated images in COCO's form, and the objects in them that a detector is trained on."""
 import logging
 from collections import defaultdict
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple

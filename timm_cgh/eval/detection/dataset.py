@@ -97,7 +97,7 @@ def load_batches(
     Args:
         images: to load
         keys: (step, index) of the images of each batch; what is random is a function of these and the seed
-        device, workers: where to put them, data workers
+        device, workers: device of the batches, number of data workers
         transform, seed: see `training_transform`
 
     Raises:
@@ -141,7 +141,7 @@ def shape_groups(
         batch_size: per process
         seed: of the order
         steps: whose batches to give
-        process: this process, which gets every so many images of a batch
+        process: this process, which gets its share of each batch
     """
     indices, step = list(wide), 0
     waiting: Dict[bool, List[int]] = {False: [], True: []}

@@ -1,4 +1,4 @@
-"""Detections of a trained detector on all images of a split, and what they are worth."""
+"""Run a detector on all images of a split, and score what it finds."""
 import csv
 import json
 import os
@@ -62,12 +62,12 @@ def find_objects(
 ) -> List[Detection]:
     """Detections on all images, in COCO's results format and in the order of the images, on every rank.
 
-    Collective: every rank must call, and takes every so many images. One image at a time: what is found in one would
-    depend on how far others in its batch have it padded.
+    Collective: every rank must call, and processes its share of the images. One image at a time: in a batch, detections
+    would depend on how far the other images have an image padded.
 
     Args:
-        detector: by `create_detector`, on the process's device; it is put into eval mode
-        annotations: of the split; its objects are not looked at
+        detector: by `create_detector`, on the process's device; which is put into eval mode
+        annotations: of the split; its objects are not used
         categories: category id of each class (see `category_numbers`)
         process, workers: this process, its data workers
         amp_dtype: of autocast

@@ -1,4 +1,4 @@
-"""What a detector takes from a timm backbone: its maps and their strides, and the stage that C4 gives its RoIs to."""
+"""The feature maps of a timm backbone with their strides, and its last stage, which C4 runs on each RoI."""
 from collections import OrderedDict
 from typing import Dict, List, NamedTuple, Optional, Sequence
 

@@ -74,9 +74,7 @@ def bootstrap_ap50(
         samples: int = 1000,
         seed: int = 0,
 ) -> Tuple[float, float, float]:
-    """How far COCO's AP50 of one run is above that of another: the difference, and the ends of its 95 % interval over
-    draws of the test images with replacement.
-    """
+    """Gain in COCO's AP50 of one run over another, and the ends of its 95 % bootstrap interval over the test images."""
     evaluations = [_coco_eval(content, found, kind) for found in (detections, baseline)]
     images = len(evaluations[0].params.imgIds)
     tables = [np.array(e.evalImgs, dtype=object).reshape(-1, images) for e in evaluations]  # a cell: class and image
@@ -132,7 +130,8 @@ def voc07_precision(content: Mapping[str, Any], detections: Sequence[Detection],
     """Average precision of VOC 2007 at several IoUs, as detectron2 computes it for Tab. 4.
 
     Precision is interpolated at 11 recalls. A detection counts for the object that it overlaps most, and is a miss if
-    one of a higher score has taken that; difficult objects need not be found, and detections of them do not count.
+    one of a higher score has matched that already. Difficult objects need not be found, and detections of them do not
+    count.
     VOC's IoU is of whole pixels with both ends included, which is the plain IoU of boxes from edge to edge, as they are
     here. Equal scores keep their order (detectron2 rounds scores to three decimals and leaves ties to chance).
     """

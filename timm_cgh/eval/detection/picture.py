@@ -1,4 +1,4 @@
-"""A picture of detections beside the truth."""
+"""A picture of detections beside the ground truth."""
 from typing import Any, Dict, List, Sequence
 
 import torch
@@ -14,7 +14,7 @@ from .metrics import Detection
 
 __all__ = ['save_detections_picture']
 
-_COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')  # told apart by everyone
+_COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')  # safe for colour-blind readers
 
 
 def _as_objects(annotations: Annotations, detections: Sequence[Detection], categories: Sequence[Any]) -> List[list]:
@@ -52,11 +52,12 @@ def save_detections_picture(
         min_score: float = 0.5,
         side: int = 320,
 ) -> None:
-    """Draw images with their true objects (left) and the detections (right), two images a row; a whole PNG or none.
+    """Draw images with their true objects (left) and the detections (right), two images a row.
 
     Args:
         path: PNG file
-        annotations, images, indices: of the split; with the true objects; which to draw
+        annotations: of the split
+        images, indices: with the true objects; which of them to draw
         detections: of the split, in COCO's results format; drawn from `min_score` on
         categories, classes: category id and name of each class
         side: of each picture, px

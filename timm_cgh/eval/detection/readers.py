@@ -167,7 +167,7 @@ def open_annotations(
     Args:
         dataset: `voc`: VOCdevkit; `coco`: its folders or any json file of its form; `masks`: images with instance
             masks; `digits`: scenes composed of scikit-learn's digits
-        data_dir: where it lies
+        data_dir: its folder
         split: of VOC YEAR_SET, joined by +; of COCO NAME of `annotations/instances_NAME.json`, or a json file; of masks
             a folder, or `train` and `validation` by hashes of the images' names; of digits `train` and `validation`
         split_parameter: that gives `split`, for messages
@@ -175,12 +175,12 @@ def open_annotations(
         dataset_download: let torchvision fetch VOC
 
     Raises:
-        InputError: files that are missing, broken or contradict each other, or no object in all the images
+        InputError: files that are missing, broken or contradict each other, or have no object
     """
     if dataset == 'digits':
         annotations = digit_scenes(split, split_parameter)
     elif not data_dir:
-        raise InputError(f'data_dir: say where the {dataset} data set lies')
+        raise InputError(f'data_dir: name the folder of the {dataset} data set')
     elif dataset == 'voc':
         annotations = _read_voc(data_dir, split, split_parameter, dataset_download)
     elif dataset == 'coco':

@@ -14,7 +14,8 @@ __all__ = ['param_groups', 'rate_factor', 'recompute_batch_norm', 'split_steps']
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
-    """Parameters with weight decay, and those of norm layers without; timm has dozens of these, told by their names."""
+    """Parameters with weight decay, and those of norm layers without."""
+    # by the names of the classes, since timm has dozens of them
     norms = {
         id(p) for m in model.modules() if 'norm' in type(m).__name__.lower() for p in m.parameters(recurse=False)}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -51,7 +52,7 @@ def recompute_batch_norm(
         process: Process = Process(),
         amp_dtype: Optional[torch.dtype] = None,
 ) -> None:
-    """Replace running statistics by their averages over training batches with today's weights (detectron2's PreciseBN).
+    """Replace running statistics by their averages over training batches with the current weights (PreciseBN).
 
     Collective: every rank must call, with as many batches.
 

@@ -4,10 +4,14 @@ import re
 import pytest
 import torch
 import yaml
+from torchvision.transforms.functional import to_tensor
 
+import eval_linear
 import train
 from conftest import REPOSITORY
+from data_files import picture
 from timm_cgh.arguments import arguments_of
+from timm_cgh.eval import create_eval_loader
 from timm_cgh.models.backbone import resolve_data_config
 from timm_cgh.task import CGHTask
 from timm_cgh.train.build import build_backbone, build_task, check_views
@@ -91,3 +95,11 @@ def test_variants_run_by_command_line(tmp_path, options):
     check_ok(run_train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run',
                        *options))
     assert len(read_summary(tmp_path / 'run')) == 2 and (tmp_path / 'run' / 'export' / 'model.safetensors').exists()
+
+
+def test_stl10_is_evaluated_at_the_size_of_its_images():
+    evaluation = eval_linear.parser.parse(['-c', str(REPOSITORY / 'configs' / 'eval_linear_stl10.yaml')])
+    config = dict(input_size=(3, evaluation.img_size, evaluation.img_size), mean=(0.0,) * 3, std=(1.0,) * 3)
+    image = picture(0, size=96)
+    (pixels, _), = create_eval_loader([(image, 0)], config)
+    assert torch.equal(pixels[0], to_tensor(image)) and settings('stl10_400.yaml').knn_img_size == 96

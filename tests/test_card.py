@@ -52,6 +52,15 @@ def results(folder, name='knn.json', **changes):
     return str(path)
 
 
+def test_card_has_the_values_that_the_run_settled_on(run):
+    folder = run(bank_size=None)
+    assert '| Memory bank | the power of two' in write(folder)
+    (folder / 'resolved.yaml').write_text('options: {bank_size: 64, lr: 0.125, warmup_epochs: 5.0}')
+    card = write(folder)
+    for row in ('| Memory bank | 64 |', '| Learning rate | 0.125 |', '| Warm-up epochs | 5.0 |'):
+        assert row in card
+
+
 def test_recipe_and_results_come_from_the_run(run):
     progress = dict(knn_before=33.3, order=dict(world_size=4))
     checkpoint = dict(progress=progress, state_dict={})

@@ -46,4 +46,5 @@ def test_other_folders_are_refused(run, text, capsys):
         (run / 'resolved.yaml').write_text(text)
     with pytest.raises(SystemExit):
         plot.main(['report', str(run)])
-    assert 'not of a run of train.py' in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert stderr.count('\n') == 1 and 'resolved.yaml: ' in stderr

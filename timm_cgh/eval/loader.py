@@ -19,8 +19,8 @@ __all__ = ['create_eval_loader', 'eval_crop_pct']
 def eval_crop_pct(img_size: int) -> float:
     """Share of the resized image's side that the centre crop keeps: 224 of 256 px, all of a smaller image.
 
-    An image is resized to the evaluation's size, whatever its own. The authors resize none below 224 px: evaluate at the
-    images' size (STL-10: 96 px, configs/eval_linear_stl10.yaml) to do the same.
+    An image is resized to the evaluation's size, whatever its own. The authors resize none below 224 px: evaluate at
+    the images' size (STL-10: 96 px, configs/eval_linear_stl10.yaml) to do the same.
     """
     return 0.875 if img_size >= 224 else 1.0
 

@@ -139,7 +139,10 @@ def write_folder(
             that cannot be written
     """
     export, folder = Path(export), Path(folder)
-    args, rows = read_args(export.parent), read_rows(str(export.parent / 'summary.csv'))
+    args = read_args(export.parent)
+    resolved = export.parent / 'resolved.yaml'
+    settled = read_yaml(resolved).get('options', {}) if resolved.exists() else {}
+    rows = read_rows(str(export.parent / 'summary.csv'))
     config, model = check_folder(export), load_folder(export).eval()
     cfg = config.get('pretrained_cfg', {})
     if lacking := sorted({'crop_pct', 'input_size', 'interpolation', 'mean', 'std', 'tag'} - cfg.keys()):
@@ -166,6 +169,7 @@ def write_folder(
             revision=revision,
             config=config,
             args=args,
+            settled=_RunArguments({**args, **settled}),
             epochs=epochs_done(rows),
             processes=progress.get('order', {}).get('world_size'),
             dataset=dataset,

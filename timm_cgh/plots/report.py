@@ -1,14 +1,13 @@
 """The report of a run: one HTML file with its settings, figures and plots, readable without a network."""
 import base64
-import json
+import contextlib
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
 import jinja2
-import yaml
 
-from timm_cgh.errors import InputError, reason
-from timm_cgh.files import atomic_write, epochs_done, read_rows
+from timm_cgh.errors import InputError
+from timm_cgh.files import atomic_write, epochs_done, read_json, read_rows, read_yaml
 
 __all__ = ['save_report']
 
@@ -33,12 +32,10 @@ def _read_results(folder: Path) -> List[Dict[str, Any]]:
     """Results of evaluations that lie in the run's folder (`--results-file`)."""
     results = []
     for path in sorted(folder.glob('*.json')):
-        try:
-            content = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and 'protocol' in content:
-            results.append(content)
+        with contextlib.suppress(InputError):  # some other file
+            content = read_json(path)
+            if 'protocol' in content:
+                results.append(content)
     return results
 
 
@@ -50,11 +47,9 @@ def save_report(folder: Union[str, Path]) -> Path:
         OSError: the file cannot be written
     """
     folder = Path(folder)
-    try:
-        resolved = yaml.safe_load((folder / 'resolved.yaml').read_text(encoding='utf-8'))
-        options = resolved['options']
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise InputError(f"{folder / 'resolved.yaml'}: not of a run of train.py ({reason(error)})") from error
+    resolved = read_yaml(folder / 'resolved.yaml')
+    if not isinstance(resolved.get('options'), dict):
+        raise InputError(f"{folder / 'resolved.yaml'}: not of a run of train.py")
     rows = read_rows(str(folder / 'summary.csv'))
     values = {column: [float(row[column]) for row in rows if row.get(column)] for column in _FIGURES}
     figures = {
@@ -67,7 +62,7 @@ def save_report(folder: Union[str, Path]) -> Path:
         undefined=jinja2.StrictUndefined)
     page = environment.get_template('report.html').render(
         name=folder.resolve().name,
-        options=options,
+        options=resolved['options'],
         resolved=resolved,
         epochs=epochs_done(rows),
         figures=figures,

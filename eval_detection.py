@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from functools import partial
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 # On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.arguments import (
     Parser, add_model_arguments, arguments_of, at_least_one, fraction, natural, non_negative, positive)
 from timm_cgh.distributed import end_process
-from timm_cgh.errors import InputError, checking
+from timm_cgh.errors import InputError
 from timm_cgh.eval import detection
 from timm_cgh.eval.backbone import Backbone, load_backbone
 from timm_cgh.eval.checkpoint import Recorder, find_state
@@ -100,6 +100,7 @@ class Data(NamedTuple):
     classes: List[str]
     categories: List[Any]  # id of each class in the validation annotations
     dropped: Dict[str, Dict[str, int]]  # objects, by split and reason
+    baseline: Optional[List[dict]]  # detections of another run on the validation images
 
 
 def choose_settings(args):
@@ -141,7 +142,8 @@ def open_data(args, in_chans, masks, classes=None):
     categories = detection.category_numbers(classes, annotations)
     objects, dropped['validation'] = detection.training_objects(annotations, masks, 'val_split')
     val = detection.DetectionImages(annotations, objects, in_chans, masks)
-    return Data(annotations, val, train, classes, categories, dropped)
+    baseline = detection.read_detections(args.baseline, annotations, masks) if args.baseline else None
+    return Data(annotations, val, train, classes, categories, dropped, baseline)
 
 
 def load_any_size(args):
@@ -272,21 +274,11 @@ def named_values(precisions):
         for kind, precision in precisions.items() for name, value in precision.summary().items()}
 
 
-def read_baseline(path):
-    """Detections of another run, where a file is named."""
-    if not path:
-        return None
-    with checking('baseline', path, OSError, ValueError), open(path, encoding='utf-8') as file:
-        return json.load(file)
-
-
-def gains(data, detections, baseline, kinds):
+def gains(data, detections, kinds):
     """The gain in AP50 over the baseline's detections, with a bootstrap interval."""
-    if baseline is None:
-        return {}
     results = {}
-    for kind in kinds:
-        values = detection.bootstrap_ap50(data.annotations.content, detections, baseline, kind)
+    for kind in kinds if data.baseline is not None else ():
+        values = detection.bootstrap_ap50(data.annotations.content, detections, data.baseline, kind)
         results[f'{PREFIXES[kind]}AP50_gain'] = {
             name: round(value, 2) for name, value in zip(('gain', 'low', 'high'), values)}
     return results
@@ -306,7 +298,7 @@ def write_files(args, backbone, data, detector, detections, precisions):
             detector.backbone.body, os.path.join(args.output, 'export'), tag='detection', **backbone.data_config)
 
 
-def report(args, backbone, data, detector, detections, precisions, baseline, seconds):
+def report(args, backbone, data, detector, detections, precisions, seconds):
     """Print and write the results."""
     training = {} if args.eval_only else dict(
         train_split=args.train_split, train_images=len(data.train), iterations=args.iterations, lr=args.scaled_lr)
@@ -315,7 +307,7 @@ def report(args, backbone, data, detector, detections, precisions, baseline, sec
         protocol=f"detection, {detector.config['head']}",
         metric=args.metric,
         **named_values(precisions),
-        **gains(data, detections, baseline, precisions),
+        **gains(data, detections, precisions),
         **training,
         val_images=len(data.val),
         num_classes=len(data.classes),
@@ -338,7 +330,6 @@ def load_trained(args):
 def main(argv=None):
     args = parser.parse(argv)
     choose_settings(args)
-    baseline = read_baseline(args.baseline)
     process = start_evaluation(**arguments_of(start_evaluation, args))
     args.scaled_lr = args.lr * args.batch_size * process.world_size / 16
     began, found = time.monotonic(), None
@@ -364,7 +355,7 @@ def main(argv=None):
     if process.primary:
         if args.output:
             write_files(args, backbone, data, detector, detections, precisions)
-        report(args, backbone, data, detector, detections, precisions, baseline, time.monotonic() - began)
+        report(args, backbone, data, detector, detections, precisions, time.monotonic() - began)
     end_process(process)
     return 0
 

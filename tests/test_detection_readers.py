@@ -205,7 +205,8 @@ def change(content, kind, index, **values):
 
 
 @pytest.mark.parametrize('broken, parts', [
-    (lambda c: [c], ['no list of images']),
+    (lambda c: [c], ['values by name']),
+    (lambda c: dict(c, images=5), ['no list of images']),
     (lambda c: {k: c[k] for k in ('images', 'annotations')}, ['no list of categories']),
     (lambda c: change(c, 'annotations', 1, category_id=55), ['annotation 2', 'category_id 55']),
     (lambda c: change(c, 'annotations', 1, image_id=1234), ['annotation 2', 'image_id 1234']),
@@ -225,7 +226,7 @@ def test_coco_files_that_contradict_themselves(tmp_path, broken, parts):
 
 
 def test_coco_files_that_are_missing_or_no_json(tmp_path):
-    with refused('val_split', 'val', 'No such file'):
+    with refused(str(tmp_path / 'annotations' / 'instances_val.json'), 'No such file'):
         open_coco(tmp_path)
     path = write_coco(tmp_path, coco_content())
     path.write_text('{"images": [')

@@ -134,9 +134,19 @@ def test_gain_over_another_run_comes_with_an_interval(trained, streets, tmp_path
     monkeypatch.setattr(detection, 'bootstrap_ap50', partial(detection.bootstrap_ap50, samples=20))
     (tmp_path / 'nothing.json').write_text('[]')
     args = [*streets, '--eval-only', output / 'detector.safetensors', '--workers', '0', '--device', 'cpu']
-    call_script('eval_detection', *args, '--baseline', tmp_path / 'nothing.json', '--results-file', tmp_path / 'r.json')
+    assert call_script(
+        'eval_detection', *args, '--baseline', tmp_path / 'nothing.json', '--results-file', tmp_path / 'r.json') == 0
     gain = json.loads((tmp_path / 'r.json').read_text())['AP50_gain']
     assert gain['gain'] == pytest.approx(results['AP50'], abs=0.01) and gain['low'] <= gain['gain'] <= gain['high']
+
+
+@pytest.mark.parametrize('text', [
+    '{"image_id": 1}', '[1]', '[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5, 5]}]',
+    '[{"image_id": 77, "category_id": 1, "score": 1, "bbox": [0, 0, 5, 5], "segmentation": {}}]'])
+def test_a_baseline_that_is_not_of_this_data_is_refused_before_training(streets, tmp_path, capsys, text):
+    (tmp_path / 'other.json').write_text(text)
+    args = [*MODEL, *TINY, *streets, '--masks', '--baseline', tmp_path / 'other.json']
+    check_refused(capsys, script, args, f'--baseline {tmp_path / "other.json"}')
 
 
 def test_voc_is_trained_and_tested_by_its_own_metric(tmp_path):
@@ -228,7 +238,7 @@ def test_data_that_is_not_there_or_does_not_fit_is_refused(tmp_path, capsys):
     refused_data(capsys, 'voc', tmp_path, '--masks', ['--masks', 'have none'])
     write_voc(tmp_path, 2007, 'val', f=[voc_object('horse', 4, 4, 20, 20)])
     refused_data(capsys, 'voc', tmp_path, '--val-split', '2007_val', ['--val-split', 'horse'])
-    refused_data(capsys, 'coco', tmp_path, ['--train-split train2017', 'No such file'])
+    refused_data(capsys, 'coco', tmp_path, ['instances_train2017.json', 'No such file'])
     content = coco_content()
     content['annotations'][0]['category_id'] = 77
     path = write_coco(tmp_path, content, 'train2017')

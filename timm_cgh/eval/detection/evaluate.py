@@ -10,14 +10,14 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from timm_cgh.distributed import Process, all_gather_objects
-from timm_cgh.errors import InputError
+from timm_cgh.errors import InputError, checking
 from timm_cgh.files import atomic_write
 
 from .annotations import Annotations, encode_mask
 from .dataset import DetectionImages, load_batches
 from .metrics import Detection, Precision, coco_precision, voc07_precision
 
-__all__ = ['category_numbers', 'evaluate_detections', 'find_objects', 'write_detections']
+__all__ = ['category_numbers', 'evaluate_detections', 'find_objects', 'read_detections', 'write_detections']
 
 
 def category_numbers(classes: Sequence[str], annotations: Annotations, split_parameter: str = 'val_split') -> List[Any]:
@@ -100,6 +100,28 @@ def evaluate_detections(
     if metric == 'voc07':
         return dict(bbox=voc07_precision(annotations.content, detections))
     return {kind: coco_precision(annotations.content, detections, kind) for kind in ('bbox', 'segm')[:1 + masks]}
+
+
+def read_detections(path: str, annotations: Annotations, masks: bool, parameter: str = 'baseline') -> List[Detection]:
+    """Detections in a file in COCO's results format.
+
+    Args:
+        path: JSON file
+        annotations: of the split that the detections must be of
+        masks: detections must have them
+        parameter: that gives `path`, for messages
+
+    Raises:
+        InputError: no such file, or not one of detections on these images
+    """
+    keys = {'image_id', 'category_id', 'bbox', 'score', *(['segmentation'] if masks else [])}
+    images = {image['id'] for image in annotations.content['images']}
+    with checking(parameter, path, OSError, TypeError, ValueError):
+        with open(path, encoding='utf-8') as file:
+            detections = json.load(file)
+        if not all(keys <= set(d) and d['image_id'] in images for d in detections):
+            raise ValueError(f"must hold {', '.join(sorted(keys))} of detections in the same images")
+    return detections
 
 
 def write_detections(output: str, detections: Sequence[Detection], precisions: Dict[str, Precision]) -> None:

@@ -1,6 +1,5 @@
 """Annotated images of VOC, of COCO, and of folders with instance masks."""
 import hashlib
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torchvision.datasets import VOCDetection
 
 from timm_cgh.distributed import rank_zero_first
 from timm_cgh.errors import InputError, checking
+from timm_cgh.files import read_json
 
 from .annotations import Annotations, annotate_mask, make_content
 from .scenes import digit_scenes
@@ -66,13 +66,13 @@ def _read_voc(data_dir: str, split: str, split_parameter: str, dataset_download:
     return Annotations(make_content(images, annotations, names), partial(_open_image, Path(data_dir).expanduser()))
 
 
-def _check_coco(content: Any, path: Path) -> None:
+def _check_coco(content: Dict[str, Any], path: Path) -> None:
     wanted = dict(
         images=('id', 'file_name', 'width', 'height'), categories=('id', 'name'),
         annotations=('id', 'image_id', 'category_id', 'bbox'))
     ids = {}
     for kind, keys in wanted.items():
-        if not isinstance(content, dict) or not isinstance(content.get(kind), list):
+        if not isinstance(content.get(kind), list):
             raise InputError(f'{path}: has no list of {kind}, as annotation files of COCO have')
         for entry in content[kind]:
             if missing := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
@@ -90,16 +90,13 @@ def _check_coco(content: Any, path: Path) -> None:
         entry.setdefault('iscrowd', 0)
 
 
-def _read_coco(data_dir: str, split: str, split_parameter: str) -> Annotations:
+def _read_coco(data_dir: str, split: str) -> Annotations:
     """`annotations/instances_<split>.json` with the images in `<split>/`, or any json file of COCO's form with the
     images beside it, or in an `images/` beside it.
     """
     path = Path(data_dir, split if split.endswith('.json') else f'annotations/instances_{split}.json')
     folders = [path.parent, path.parent / 'images'] if split.endswith('.json') else [Path(data_dir, split)]
-    with checking(split_parameter, split, OSError):
-        text = path.read_text(encoding='utf-8')
-    with checking(str(path), None, ValueError):
-        content = json.loads(text)
+    content = read_json(path)
     _check_coco(content, path)
     first = content['images'][0]['file_name'] if content['images'] else ''
     folder = next((f for f in folders if (f / first).exists()), None)
@@ -184,7 +181,7 @@ def open_annotations(
     elif dataset == 'voc':
         annotations = _read_voc(data_dir, split, split_parameter, dataset_download)
     elif dataset == 'coco':
-        annotations = _read_coco(data_dir, split, split_parameter)
+        annotations = _read_coco(data_dir, split)
     else:
         annotations = _read_masks(data_dir, split, split_parameter, val_images)
     if not annotations.content['annotations']:

@@ -1,6 +1,6 @@
 """Training images beside their views."""
 from pathlib import Path
-from typing import Sequence, Union
+from typing import Mapping, Sequence, Union
 
 import numpy as np
 
@@ -10,25 +10,25 @@ __all__ = ['save_views']
 
 
 @plot
-def save_views(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], path: Union[str, Path]) -> None:
-    """Plot images, one per row, and their views.
+def save_views(rows: Mapping[str, Sequence[np.ndarray]], path: Union[str, Path]) -> None:
+    """Plot images, and below each its views.
 
     Args:
-        rows: (H, W, C) uint8 of any size; of other than 1 and 3 channels the first is drawn
-        names: of the columns
+        rows: name -> (H, W, C) uint8 images; of other than 1 and 3 channels the first is drawn
         path: PNG file to write
 
     Raises:
         OSError: the file cannot be written
     """
-    figure = new_figure(1.5 * len(names), 1.5 * len(rows) + 0.3)
-    axes = figure.subplots(len(rows), len(names), squeeze=False)
-    for row, images in zip(axes, rows):
+    columns = max(map(len, rows.values()))
+    figure = new_figure(1.5 * columns + 0.3, 1.5 * len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (name, images) in zip(axes, rows.items()):
+        row[0].set_ylabel(name)
         for cell, image in zip(row, images):
             small = max(image.shape) < 100  # pixels of small images are shown as they are
             image = image if image.shape[2] == 3 else image[:, :, 0]
             cell.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if small else 'antialiased')
-            cell.set_axis_off()
-    for cell, name in zip(axes[0], names):
-        cell.set_title(name, fontsize=9, loc='center')
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
     save_figure(figure, path)

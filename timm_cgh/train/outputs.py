@@ -83,9 +83,10 @@ def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> No
     indices = sorted({round(i) for i in np.linspace(0, len(views) - 1, 6)})
     batch = loader.read(indices)
     images = [np.atleast_3d(read_or_substitute(views.dataset, index, views.mode)[0]) for index in batch.index.tolist()]
-    columns = [images, *(to_device.to_pixels(view).numpy() for view in to_device(batch))]
-    names = ['image', 'teacher', 'student', *[''] * (len(columns) - 3)]
-    save_views(list(zip(*columns)), names, os.path.join(folder, 'views.png'))
+    teacher, *student = (to_device.to_pixels(view).numpy() for view in to_device(batch))
+    rows = {'image': images, 'teacher': teacher, 'student': student[0]}
+    rows.update((f'{crop.shape[1]} px', crop) for crop in student[1:])
+    save_views(rows, os.path.join(folder, 'views.png'))
 
 
 def describe_run(task: MomentumTask, model: str, method: str, context: str) -> str:

@@ -12,6 +12,7 @@
 Things that are compared are timed in turn in one process; the figure to quote is the median of the ratios.
 """
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -24,6 +25,11 @@ import torch
 
 import benchmarks
 from timm_cgh.arguments import Parser, at_least_one, natural
+from timm_cgh.distributed import init_process
+from timm_cgh.errors import InputError, checking
+from timm_cgh.files import atomic_write, make_folder
+from timm_cgh.loss import CONTEXTS
+from timm_cgh.models.backbone import check_model
 
 COMMANDS = {
     'step': benchmarks.benchmark_step,
@@ -62,7 +68,7 @@ for command, function in COMMANDS.items():
         continue
     sub.add_argument('--model', default='resnet18')
     if command != 'variants':
-        sub.add_argument('--context', default='cross')
+        sub.add_argument('--context', choices=CONTEXTS, default='cross')
     sub.add_argument('--amp', action='store_true', help='bfloat16')
     sub.add_argument('--channels-last', action='store_true')
     sub.add_argument('--torchcompile', action='store_true')
@@ -73,7 +79,25 @@ for command, function in COMMANDS.items():
         sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1))
 
 
+def check(args):
+    """Reject what cannot be measured before anything is."""
+    if getattr(args, 'batch_size', 2) < 2:
+        raise InputError('batch_size=1: must be at least 2')
+    if args.command == 'loss' and args.bank_size < 8:
+        raise InputError(f'bank_size={args.bank_size}: must be at least 8, eighths of it are measured')
+    if args.command == 'knn' and importlib.util.find_spec('faiss') is None:
+        raise InputError('knn: needs faiss (pip install faiss-cpu)')
+    if getattr(args, 'lightly', False) and importlib.util.find_spec('lightly') is None:
+        raise InputError("lightly: needs the lightly library (pip install 'timm-cgh[baselines]')")
+    if hasattr(args, 'model'):
+        check_model(args.model)
+    if args.json:
+        make_folder(os.path.dirname(args.json) or '.', 'json', args.json)
+    init_process(getattr(args, 'device', 'cpu'))
+
+
 def measure(args):
+    check(args)
     torch.backends.cuda.matmul.allow_tf32 = getattr(args, 'amp', False)  # as in train.py
     result = COMMANDS[args.command](args)
     cpu = f'{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
@@ -86,7 +110,7 @@ def measure(args):
         timm=timm.__version__,
     )
     if args.json:
-        with open(args.json, 'w', encoding='utf-8') as file:
+        with checking('json', args.json, OSError), atomic_write(args.json) as file:
             json.dump(result, file, indent=2)
     return 0
 

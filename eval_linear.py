@@ -22,8 +22,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, positive)
+from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
-from timm_cgh.errors import InputError
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.eval.checkpoint import Recorder, find_state
@@ -153,8 +153,7 @@ def report(args, backbone, data, readable, heads, results, labels, seconds):
 def main(argv=None):
     args = parser.parse(argv)
     args.lr = sorted(set(args.lr))
-    if args.scale[0] > args.scale[1]:
-        raise InputError(f'scale={args.scale[0]:g} {args.scale[1]:g}: the first must not exceed the second')
+    check_range('scale', args.scale)
     process = start_evaluation(**arguments_of(start_evaluation, args))
 
     backbone = load_backbone(**arguments_of(load_backbone, args))

@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, non_negative, positive)
 from timm_cgh.data import read_labels
+from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
@@ -69,8 +70,7 @@ def choose_settings(args):
         raise InputError('percent: say which images are labelled, by it or by `label_list`')
     if args.percent is not None and args.percent > 100:
         raise InputError(f'percent={args.percent:g}: must be at most 100')
-    if args.scale[0] > args.scale[1]:
-        raise InputError(f'scale={args.scale[0]:g} {args.scale[1]:g}: the first must not exceed the second')
+    check_range('scale', args.scale)
     if args.percent is None and None in (args.lr, args.lr_head):
         raise InputError(
             f'label_list={args.label_list}: needs `lr` and `lr_head`, or `percent` 1 or 10 for those of the paper')

@@ -28,13 +28,14 @@ from timm_cgh.data import (
     ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_knn_datasets)
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.distributed import end_process, init_process
-from timm_cgh.errors import InputError
+from timm_cgh.errors import InputError, checking
 from timm_cgh.eval.features import FeatureExtractor
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import resolve_data_config
 from timm_cgh.progress import log_to_console, log_to_file
 from timm_cgh.task import BASELINES
 from timm_cgh.task.positives import Selection
+from timm_cgh.train.boards import check_packages
 from timm_cgh.train.build import (
     build_backbone, build_optimizer, build_scheduler, build_task, build_tracker, check_views)
 from timm_cgh.train.monitor import KnnMonitor, QualityMonitor
@@ -303,7 +304,8 @@ def prepare_optimization(args, task, steps, process):
     scheduler = build_scheduler(optimizer, scheduler_kwargs(args), args.epochs, updates_per_epoch)
     scaler = utils.NativeScaler(process.device.type) if args.amp and args.amp_dtype == 'float16' else None
     if args.torchcompile:
-        task.compile(backend=args.torchcompile)
+        with checking('torchcompile', args.torchcompile, RuntimeError):
+            task.compile(backend=args.torchcompile)
     return optimizer, scheduler, scaler
 
 
@@ -314,6 +316,7 @@ def pretrain(args):
         open_log = stack.enter_context(log_to_file())
         stop = stack.enter_context(StopRequest())
         process = start_process(args)
+        check_packages(args.log_wandb, args.log_tensorboard)
         dataset = open_dataset(
             **arguments_of(open_dataset, args), split=args.train_split, is_training=True)
         backbone = build_backbone(**arguments_of(build_backbone, args))

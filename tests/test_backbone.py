@@ -6,18 +6,18 @@ import torch
 from backbones import randomise
 from input_errors import refused
 from timm_cgh.models import create_backbone, plain_backbone
-from timm_cgh.models.backbone import check_model_name, resolve_data_config
+from timm_cgh.models.backbone import check_model, resolve_data_config
 
 CFG = dict(input_size=(3, 224, 192), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bicubic')
 
 
 def test_unknown_models_are_refused_with_similar_names(tmp_path):
     for name in ('resnet18', 'resnet18.a1_in1k', 'resnet18_s1', 'cgh_resnet18', 'hf-hub:me/name'):
-        check_model_name(name)
+        check_model(name)
     with refused('model', 'resnet5O: timm has no such model, did you mean ', 'resnet50'):
-        check_model_name('resnet5O')
+        check_model('resnet5O')
     with refused('model', f'no config.json in {tmp_path}'):
-        check_model_name(f'local-dir:{tmp_path}')
+        check_model(f'local-dir:{tmp_path}')
 
 
 def test_images_are_the_models_own_by_default():

@@ -90,6 +90,15 @@ def test_processes_of_one_thread_are_compared_with_one_process():
     (['data'], '--data-dir: '),
     (['e2e', '--data-dir', '{tar}', '--batch-size', 0], '--batch-size'),
     (['data', '--data-dir', '{tar}', '--batch-size', 11], '--batch-size 11'),
+    (['step', '--model', 'nonsense'], '--model nonsense: timm has no such model'),
+    (['step', '--context', 'nonsense'], '--context'),
+    (['step', '--device', 'meta'], '--device meta'),
+    (['step', '--batch-size', 1], '--batch-size 1: must be at least 2'),
+    (['step', '--json', '/proc/nowhere/a.json'], '--json /proc/nowhere/a.json'),
+    (['loss', '--bank-size', 1], '--bank-size 1: must be at least 8'),
+    (['knn'], 'faiss'),
 ])
-def test_bad_input_is_one_line_and_code_2(capsys, tar, args, named):
+def test_bad_input_is_one_line_and_code_2(capsys, tar, monkeypatch, args, named):
+    if args == ['knn']:
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     check_refused(capsys, importlib.import_module('benchmark'), [str(arg).format(tar=tar) for arg in args], named)

@@ -306,6 +306,17 @@ def test_license_and_data_can_be_named(run):
     assert data.license == 'cc-by-4.0' and data.datasets == ['me/birds-525']
 
 
+@pytest.mark.parametrize('place', ['', 'export', '../other'])
+def test_a_folder_of_a_run_is_not_written_to(run, place):
+    folder = run()
+    (folder.parent / 'other').mkdir()
+    (folder.parent / 'other' / 'summary.csv').touch()
+    before = {path: path.read_bytes() for path in folder.rglob('*.*')}
+    with refused('output', 'holds a run'):
+        write_folder(folder / 'export', folder / place, 'me/birds')
+    assert {path: path.read_bytes() for path in folder.rglob('*.*')} == before
+
+
 # ---- the training state
 
 def test_portable_state_gives_back_every_tensor_and_value(tmp_path):

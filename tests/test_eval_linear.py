@@ -275,7 +275,8 @@ def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
     (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--mean', '0.1'], 'another input'),
     (['--resume', 'missing.pth.tar'], 'no such file'),
     (['--lr', '-1'], '--lr'),
-    (['--scale', '0.9', '0.2'], '--scale 0.9 0.2: the first must not exceed the second'),
+    (['--scale', '0.1', '2'], '--scale 0.1 2: must be 0 < min <= max <= 1'),
+    (['--scale', '0.9', '0.2'], '--scale 0.9 0.2: must be 0 < min <= max <= 1'),
 ])
 def test_bad_input_is_one_line_that_names_the_option(encoder, augmented, capsys, args, named):
     argv = ['--model', f'local-dir:{encoder}', *DIGITS, '--output', augmented[0], *args]

@@ -48,6 +48,13 @@ def test_bank_state_dict_carries_the_position():
     assert torch.equal(bank.embeddings, other.embeddings)
 
 
+@pytest.mark.parametrize('position', [-1, 10, 10 ** 12, float('nan')])
+def test_bank_refuses_a_position_beyond_its_end(position):
+    state = {**MemoryBank(10, 4).state_dict(), '_extra_state': torch.tensor(position)}
+    with pytest.raises(ValueError, match='position in a bank of 10'):
+        MemoryBank(10, 4).load_state_dict(state)
+
+
 @pytest.mark.parametrize('size,dim', [(0, 4), (4, 0), (-1, 4)])
 def test_empty_bank_is_refused(size, dim):
     with pytest.raises(ValueError, match='at least 1'):

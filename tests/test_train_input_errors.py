@@ -1,9 +1,9 @@
 """Bad options and files: one line that names the option, exit code 2, nothing written."""
-
+import importlib.util
 
 import pytest
 
-from training import TINY, check_refused, train
+from training import TINY, check_refused, make_images, train
 
 
 @pytest.mark.parametrize('args,named', [
@@ -44,10 +44,38 @@ from training import TINY, check_refused, train
     (['--method', 'moco', '--context', 'same'], ['--context', 'method moco']),
     (['--method', 'simclr', '--multi-crop'], ['--multi-crop', 'method simclr']),
     (['--method', 'moco', '--track-relations'], ['--track-relations', 'method moco']),
+    (['--batch-size', '1'], ['--batch-size 1: must be at least 2']),
+    (['--data-dir', '{single}'], ['--data-dir', 'a single image']),
+    (['--bank-size', '1'], ['--bank-size 1: must be at least 2']),
+    (['--seed', '4294967296'], ['--seed', 'at most 4294967295']),
+    (['--mean', '127'], ['--mean', 'at most 1']),
+    (['--mean', 'nan'], ['--mean', 'from 0 to 1']),
+    (['--std', '1e-320'], ['--std', 'above 0']),
+    (['--std', '58.4'], ['--std', 'at most 1']),
+    (['--gaussian-blur-sigma', '1', '1e30'], ['--gaussian-blur-sigma', '100']),
+    (['--device', 'meta'], ['--device meta']),
+    (['--device', 'xpu'], ['--device xpu']),
+    (['--opt', 'adahessian'], ['--opt adahessian']),
+    (['--opt-kwargs', 'nesterov=abc'], ['--opt momentum']),
+    (['--opt-kwargs', 'nesterov'], ['--opt-kwargs', 'KEY=VALUE']),
+    (['--model-kwargs', 'foo'], ['--model-kwargs', 'KEY=VALUE']),
+    (['--model-kwargs', 'in_chans=5'], ['--model-kwargs: must not hold in_chans, --in-chans sets it']),
+    (['--model', '{export}'], ['--model', 'did you mean local-dir:{export}?']),
+    (['--torchcompile', 'nonsense'], ['--torchcompile nonsense']),
+    (['--log-wandb'], ["--log-wandb: needs the wandb package (pip install 'timm-cgh[wandb]')"]),
+    (['--log-tensorboard'], ["--log-tensorboard: needs the tensorboard package (pip install 'timm-cgh[tensorboard]')"]),
 ])
-def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(tmp_path, images, capsys, args, named):
+def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(tmp_path, images, capsys, monkeypatch, args, named):
     (tmp_path / 'empty').mkdir()
-    args = [a.format(empty=tmp_path / 'empty') for a in args]
+    (tmp_path / 'export').mkdir()
+    (tmp_path / 'export' / 'config.json').touch()
+    if '{single}' in args:
+        make_images(tmp_path / 'single', count=1)
+    if args[0].startswith('--log-'):
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    args, named = (
+        [part.format(**{name: tmp_path / name for name in ('empty', 'export', 'single')}) for part in parts]
+        for parts in (args, named))
     given = ['--data-dir', images] if '--data-dir' not in args else []
     check_refused(capsys, [*TINY, *given, '--epochs', 3, '--output', tmp_path / 'out', *args], *named)
     assert not list((tmp_path / 'out').rglob('*.*'))

@@ -44,7 +44,8 @@ def init_process(device: str = 'cpu', seed: int = 42) -> Process:
     """
     with checking('device', device, AssertionError, RuntimeError, ValueError):
         found = init_distributed_device_so(device)
-        torch.empty(0, device=found['device'])  # a device that torch names but does not have
+        # also a device that torch names but does not have, and `meta`, which holds no values
+        torch.zeros(1, device=found['device']).item()
     random_seed(seed)
     process = Process(torch.device(found['device']), found['global_rank'], found['local_rank'], found['world_size'])
     if not process.primary:

@@ -17,7 +17,7 @@ from timm_cgh.errors import InputError
 
 from .decode import decode_pixels
 
-__all__ = ['Photometric', 'ViewSpec', 'cut_views', 'draw_crop', 'multi_crop', 'two_views', 'view_rng']
+__all__ = ['Photometric', 'ViewSpec', 'check_range', 'cut_views', 'draw_crop', 'multi_crop', 'two_views', 'view_rng']
 
 # Columns of a photometric row: factors of the colour jitter, its order (-1: no jitter), whether to convert to
 # grayscale (0 or 1), sigma of the blur in px (0: no blur).
@@ -62,6 +62,14 @@ class ViewSpec(NamedTuple):
     photometric: Optional[Photometric] = None
 
 
+def check_range(name: str, bounds: Sequence[float], top: float = 1) -> None:
+    """Raise `InputError` unless 0 < min <= max <= top for a parameter's two bounds."""
+    low, high = bounds
+    if not 0 < low <= high <= top:
+        limit = '' if top == math.inf else f' <= {top:g}'
+        raise InputError(f'{name}={low:g} {high:g}: must be 0 < min <= max{limit}')
+
+
 def two_views(
         img_size: int,
         scale: Sequence[float] = (0.2, 1.0),
@@ -91,14 +99,10 @@ def two_views(
     Raises:
         InputError: a range, a probability or a strength out of bounds
     """
-    for name, (low, high), top in (
-            ('scale', scale, 1),
-            ('weak_scale', weak_scale or scale, 1),
-            ('ratio', ratio, math.inf),
-            ('gaussian_blur_sigma', gaussian_blur_sigma, math.inf),
-    ):
-        if not 0 < low <= high <= top:
-            raise InputError(f'{name}={low:g} {high:g}: must be 0 < min <= max' + ' <= 1' * (top == 1))
+    check_range('scale', scale)
+    check_range('weak_scale', weak_scale or scale)
+    check_range('ratio', ratio, math.inf)
+    check_range('gaussian_blur_sigma', gaussian_blur_sigma, 100)
     for name, value in (
             ('hflip', hflip),
             ('color_jitter_prob', color_jitter_prob),

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from timm_cgh.data import image_mode
 from timm_cgh.errors import InputError, checking
-from timm_cgh.models.backbone import check_model_name, create_backbone, plain_backbone, resolve_data_config
+from timm_cgh.models.backbone import check_model, create_backbone, plain_backbone, resolve_data_config
 from timm_cgh.models.checkpoints import load_weights, read_file, run_arguments, weights_digest
 
 __all__ = ['Backbone', 'load_backbone']
@@ -32,7 +32,6 @@ class Backbone(NamedTuple):
 
 def _create(name: str, run: Dict[str, Any], img_size: Any, pretrained: bool, options: Dict[str, Any]) -> nn.Module:
     """The model, built as the run did."""
-    check_model_name(name)
     if pretrained and ':' not in name and not timm.is_model_pretrained(name):
         raise InputError(f'model={name}: timm has no weights for it; `checkpoint` FILE gives some')
     wrapper = {}
@@ -81,6 +80,7 @@ def load_backbone(
         options['in_chans'] = in_chans or run['in_chans']
     img_size = img_size or run.get('img_size')
 
+    check_model(name, model_kwargs)
     net = _create(name, run, img_size, not checkpoint and not no_pretrained, options)
     weights = 'random' if no_pretrained else 'its own'
     if checkpoint:

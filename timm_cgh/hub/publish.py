@@ -139,6 +139,8 @@ def write_folder(
             that cannot be written
     """
     export, folder = Path(export), Path(folder)
+    if folder.resolve() == export.resolve() or (folder / 'summary.csv').exists():
+        raise InputError(f'output={folder}: holds a run, whose files would be overwritten')
     args = read_args(export.parent)
     resolved = export.parent / 'resolved.yaml'
     settled = read_yaml(resolved).get('options', {}) if resolved.exists() else {}

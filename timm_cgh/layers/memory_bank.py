@@ -1,4 +1,5 @@
 """FIFO memory bank of the teacher's embeddings (Sec. 3.2)."""
+import reprlib
 from typing import Any, Dict, Optional
 
 import torch
@@ -76,6 +77,8 @@ class MemoryBank(nn.Module):
         return torch.tensor(self.position)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
+        if not isinstance(state, torch.Tensor) or state.numel() != 1 or state.item() not in range(self.size):
+            raise ValueError(f'the position in a bank of {self.size} embeddings is {reprlib.repr(state)}')
         self.position = int(state)
 
     def extra_repr(self) -> str:

@@ -14,18 +14,27 @@ from timm_cgh.errors import InputError, checking
 from timm_cgh.files import read_json
 
 __all__ = [
-    'check_model_name', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names', 'read_config',
+    'check_model', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names', 'read_config',
     'resolve_data_config', 'timm_config']
 
 _LOCAL_PREFIX = 'local-dir:'  # timm's
+_OWN_PARAMETERS = {'features_only', 'img_size', 'in_chans', 'num_classes', 'out_indices', 'pretrained'}
 
 
-def check_model_name(model: str) -> None:
+def check_model(model: str, model_kwargs: Optional[Mapping[str, Any]] = None) -> None:
     """Check that timm has a model of this name, or that it is a folder (`local-dir:`); the Hub is not asked.
 
+    Args:
+        model: timm model name
+        model_kwargs: further arguments of `timm.create_model`
+
     Raises:
-        InputError: unknown to timm, with the most similar names; or a folder without a `config.json`
+        InputError: unknown to timm, with the most similar names; a folder without a `config.json`; arguments that have
+            a parameter of their own
     """
+    if taken := sorted(_OWN_PARAMETERS & (model_kwargs or {}).keys()):
+        instead = '' if taken[0] == 'num_classes' else f', `{taken[0]}` sets it'
+        raise InputError(f'model_kwargs: must not hold {taken[0]}{instead}')
     if model.startswith(_LOCAL_PREFIX):
         folder = model.removeprefix(_LOCAL_PREFIX)
         if not os.path.isfile(os.path.join(folder, 'config.json')):
@@ -33,6 +42,9 @@ def check_model_name(model: str) -> None:
     elif ':' not in model and not timm.is_model(model):
         similar = difflib.get_close_matches(model.split('.')[0], timm.list_models(), n=3)
         hint = f", did you mean {', '.join(similar)}?" if similar else ''
+        for folder in (model, os.path.join(model, 'export')):
+            if os.path.isfile(os.path.join(folder, 'config.json')):
+                hint = f'; did you mean {_LOCAL_PREFIX}{folder}?'
         raise InputError(f'model={model}: timm has no such model{hint}')
 
 

@@ -1,10 +1,22 @@
 """Weights & Biases and TensorBoard."""
+import importlib.util
 import os
 from typing import Any, Callable, Dict, List
 
-from timm_cgh.errors import checking
+from timm_cgh.errors import InputError
 
-__all__ = ['Boards']
+__all__ = ['Boards', 'check_packages']
+
+
+def check_packages(log_wandb: bool = False, log_tensorboard: bool = False) -> None:
+    """Check that the packages of the experiment trackers are installed.
+
+    Raises:
+        InputError: one is not
+    """
+    for name, wanted in (('wandb', log_wandb), ('tensorboard', log_tensorboard)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise InputError(f"log_{name}: needs the {name} package (pip install 'timm-cgh[{name}]')")
 
 
 class Boards:
@@ -13,22 +25,17 @@ class Boards:
     Args:
         folder: of the run
         config: its options
-        log_wandb, log_tensorboard: which to open
-
-    Raises:
-        InputError: the package is not installed
+        log_wandb, log_tensorboard: which to open (see `check_packages`)
     """
 
     def __init__(self, folder: str, config: Dict[str, Any], log_wandb: bool = False, log_tensorboard: bool = False):
         self._log: List[Callable[[Dict[str, Any]], None]] = []
         if log_wandb:
-            with checking('log_wandb', None, ImportError):
-                import wandb
+            import wandb
             wandb.init(project='timm-cgh', name=os.path.basename(folder), config=config)
             self._log.append(wandb.log)
         if log_tensorboard:
-            with checking('log_tensorboard', None, ImportError):
-                from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(folder)
             self._log.append(self._add_scalars)
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from timm_cgh.data import ViewSpec, is_stream, read_labels
 from timm_cgh.errors import InputError, checking, reason
 from timm_cgh.models import create_backbone, plain_backbone
-from timm_cgh.models.backbone import check_model_name
+from timm_cgh.models.backbone import check_model
 from timm_cgh.models.checkpoints import load_weights
 from timm_cgh.optim import fill_momentum
 from timm_cgh.task import BASELINES, CGHTask, MomentumTask, create_task
@@ -60,7 +60,7 @@ def build_backbone(
     Raises:
         InputError: no such model, arguments that it does not take, weights that do not fit
     """
-    check_model_name(model)
+    check_model(model, model_kwargs)
     options = dict(model_kwargs or {}, in_chans=in_chans)
     if drop_path is not None:
         options['drop_path_rate'] = drop_path
@@ -174,6 +174,11 @@ def build_optimizer(student: nn.Module, no_decay_norm_bias: bool, **options: Any
     if options['opt'] in ('momentum', 'sgd', 'adam', 'adamw') and not options.get('foreach'):
         options.setdefault('fused', True)  # one pass over the parameters, on any device
     with checking('opt', options['opt'], AssertionError, ImportError, RuntimeError, TypeError, ValueError):
+        # Some read their arguments in the first step only, or need more than gradients: try one
+        probe = nn.Linear(2, 2)
+        trial = create_optimizer_v2(probe, **options)
+        probe(torch.ones(1, 2)).sum().backward()
+        trial.step()
         optimizer = create_optimizer_v2(student, filter_bias_and_bn=no_decay_norm_bias, **options)
     fill_momentum(optimizer)
     return optimizer

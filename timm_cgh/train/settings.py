@@ -18,8 +18,10 @@ _HYPER_NORMS = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, di
 
 
 def default_bank_size(num_images: int) -> int:
-    """A power of two, at most an eighth of the images: the authors' 131072 on ImageNet-1k, and 4096 on CIFAR-10."""
-    return min(131072, 2 ** int(math.log2(max(1, num_images // 8))))
+    """A power of two, at most an eighth of the images: the authors' 131072 on ImageNet-1k, and 4096 on CIFAR-10; of
+    fewer than 32 images 2, since the relation to a single embedding is constant.
+    """
+    return min(131072, 2 ** int(math.log2(max(2, num_images // 8))))
 
 
 def check_method(args: argparse.Namespace) -> None:
@@ -41,7 +43,11 @@ def check_method(args: argparse.Namespace) -> None:
             raise InputError(f'{parameter}: has no meaning for the method {args.method}')
 
 
-def _check_batch_norm(args: argparse.Namespace, world_size: int) -> None:
+def _check_batches(args: argparse.Namespace, num_images: int, world_size: int) -> None:
+    if num_images < 2:
+        raise InputError(f'data_dir={args.data_dir}: holds a single image, training needs several')
+    if args.batch_size < 2:
+        raise InputError('batch_size=1: must be at least 2, for batch norm')
     if args.sync_bn and (world_size == 1 or args.device == 'cpu'):
         raise InputError('sync_bn: needs several processes with a GPU each (`shuffle_bn` works on any device)')
     if args.bn_splits > 1 and args.sync_bn:
@@ -72,6 +78,8 @@ def _settle_bank_size(args: argparse.Namespace, num_images: int, saved: Optional
         _logger.info(f'Memory banks of {args.bank_size} embeddings for {num_images} images')
     elif saved not in (None, args.bank_size):
         raise InputError(f'bank_size={args.bank_size}: the banks of `resume` {args.resume} hold {saved}')
+    elif args.bank_size < 2:
+        raise InputError('bank_size=1: must be at least 2, the relation to a single embedding is constant')
     elif saved is None and args.bank_size > num_images:
         raise InputError(
             f'bank_size={args.bank_size}: larger than the data set ({num_images} images), so that every image would '
@@ -96,7 +104,7 @@ def settle(
         InputError: options that contradict each other or would train nothing
     """
     check_method(args)
-    _check_batch_norm(args, world_size)
+    _check_batches(args, num_images, world_size)
     _settle_warmup(args)
     _settle_bank_size(args, num_images, saved_bank_size)
     if args.lr is None:

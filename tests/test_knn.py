@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from timm_cgh.eval import best_knn, knn_accuracy, knn_predict
 from timm_cgh.eval.gather import block_indices
-from timm_cgh.eval.knn import nearest_neighbors
+from timm_cgh.eval.knn import nearest_neighbors, one_shot_accuracy
 
 
 def clusters(count, dim, classes, seed, spread=1.5):
@@ -164,3 +164,16 @@ def test_impossible_arguments_raise(change, message):
     request = dict(train_features=torch.ones(4, 3), train_labels=torch.arange(4), test_features=torch.ones(2, 3))
     with pytest.raises(ValueError, match=message):
         knn_predict(**{**request, **change})
+
+
+def test_one_shot_accuracy_is_the_mean_over_draws_of_one_image_per_class():
+    # class 0 at (1, 0), class 1 at (0, 1) but for one image of it that lies at (1, 0) as well
+    train = torch.tensor([[1., 0], [0, 1], [0, 1], [1, 0]])
+    labels = torch.tensor([0, 1, 1, 1])
+    test, truth = torch.tensor([[1., 0], [0, 1]]), torch.tensor([0, 1])
+    accuracy = one_shot_accuracy(train, labels, test, truth, draws=300)
+    # where that image is drawn (1 of 3), both classes look alike and the smaller label wins: 50 %, else 100 %
+    assert accuracy == pytest.approx(100 * 5 / 6, abs=3)
+    assert accuracy == one_shot_accuracy(train, labels, test, truth, draws=300)
+    unlabelled = torch.cat([train, train]), torch.cat([labels, torch.full((4,), -1)])
+    assert one_shot_accuracy(*unlabelled, test, truth, draws=300) == pytest.approx(100 * 5 / 6, abs=5)

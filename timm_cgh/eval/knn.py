@@ -1,6 +1,7 @@
 """Weighted k-nearest-neighbour classification of frozen features (evaluation protocol of Sec. 4)."""
 from typing import Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -8,7 +9,8 @@ from timm_cgh.distributed import Process
 
 from .gather import block_indices, gather_rows
 
-__all__ = ['best_knn', 'knn_accuracy', 'knn_predict', 'knn_predict_distributed', 'nearest_neighbors']
+__all__ = [
+    'best_knn', 'knn_accuracy', 'knn_predict', 'knn_predict_distributed', 'nearest_neighbors', 'one_shot_accuracy']
 
 
 def _unit_rows(features: torch.Tensor, name: str) -> torch.Tensor:
@@ -151,6 +153,35 @@ def knn_accuracy(
         train_features[known.to(train_features.device)], labels, test_features[scored.to(test_features.device)], ks,
         temperature, chunk)
     return {k: 100 * (predicted == truth).sum().item() / len(truth) for k, predicted in predictions.items()}
+
+
+def one_shot_accuracy(
+        train_features: torch.Tensor,
+        train_labels: torch.Tensor,
+        test_features: torch.Tensor,
+        test_labels: torch.Tensor,
+        draws: int = 20,
+        seed: int = 42,
+) -> float:
+    """Top-1 in percent of the nearest of one labelled image per class, averaged over random draws of these images.
+
+    Args:
+        train_features, train_labels: (N, D), (N,), to draw from
+        test_features, test_labels: (M, D), (M,)
+        draws: how many
+        seed: of the draws
+
+    Raises:
+        ValueError: see `knn_accuracy`
+    """
+    generator, labels = torch.Generator().manual_seed(seed), train_labels.cpu()
+    accuracies: List[float] = []
+    for _ in range(draws):
+        order = torch.randperm(len(labels), generator=generator)
+        chosen = order[np.unique(labels[order].numpy(), return_index=True)[1]]  # the first of each class in this order
+        shots = train_features[chosen.to(train_features.device)]
+        accuracies += knn_accuracy(shots, labels[chosen], test_features, test_labels, ks=(1,)).values()
+    return sum(accuracies) / draws
 
 
 def best_knn(accuracy: Dict[int, float]) -> Tuple[int, float]:

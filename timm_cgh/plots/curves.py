@@ -20,7 +20,10 @@ _PANELS = {
         'train_loss_hh': ('hypercolumn → hypercolumn', ORANGE, 1.4),
         'train_loss_nce': ('InfoNCE (warm-up)', PINK, 1.4),
     }),
-    'knn': ('kNN accuracy', 'top-1, %', {'eval_knn': ('student', GREEN, 1.8)}),
+    'knn': ('Accuracy of nearest neighbours', 'top-1, %', {
+        'eval_knn': ('kNN', GREEN, 1.8),
+        'eval_one_shot': ('one labelled image per class', PINK, 1.4),
+    }),
     'rankme': ('RankMe: effective rank of the features', '', {'eval_rankme': ('', GREEN, 1.8)}),
     'lr': ('Learning rate', '', {'lr': ('', GREY, 1.8)}),
     'entropy': ('Entropy of the target', 'nats', {

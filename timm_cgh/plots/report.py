@@ -19,6 +19,7 @@ _PLOTS = {  # file -> heading, alternative text
 }
 _FIGURES = {  # column of summary.csv -> name, format
     'eval_knn': ('kNN top-1', '{:.2f} %'),
+    'eval_one_shot': ('one-shot top-1', '{:.2f} %'),
     'eval_rankme': ('RankMe', '{:.1f}'),
     'eval_alignment': ('alignment', '{:.3f}'),
     'eval_uniformity': ('uniformity', '{:.3f}'),

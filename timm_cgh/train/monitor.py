@@ -1,6 +1,6 @@
 """Evaluation of a backbone while it trains: kNN accuracy with labels, measures of quality without."""
 import copy
-from typing import Dict, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -9,15 +9,26 @@ from torch.utils.data import Dataset
 
 from timm_cgh.data import ViewLoader, ViewsToDevice, is_stream
 from timm_cgh.eval.features import FeatureExtractor, Pixels, extract_features
-from timm_cgh.eval.knn import best_knn, knn_accuracy
+from timm_cgh.eval.knn import best_knn, knn_accuracy, one_shot_accuracy
 from timm_cgh.eval.loader import create_eval_loader
 from timm_cgh.eval.quality import alignment, rankme, uniformity
 
-__all__ = ['KnnMonitor', 'QualityMonitor']
+__all__ = ['Accuracy', 'KnnMonitor', 'QualityMonitor']
+
+
+class Accuracy(NamedTuple):
+    """Top-1 in percent.
+
+    Args:
+        knn: by weighted kNN, the best of k in 10, 20, 100, 200 (Sec. 4.2)
+        one_shot: by the nearest of one labelled image per class, see `one_shot_accuracy`
+    """
+    knn: float
+    one_shot: float
 
 
 class KnnMonitor:
-    """kNN top-1 (k in 10, 20, 100, 200, the best; Sec. 4.2) of a plain timm model on two fixed sets of images.
+    """kNN accuracy of a plain timm model on two fixed sets of images.
 
     Collective: every rank must call, as the images are shared among them. Streams cannot be shared: rank 0 reads them.
 
@@ -31,8 +42,8 @@ class KnnMonitor:
         self.sets = reference, query
         self.extractor = extractor
 
-    def __call__(self, model: nn.Module) -> Optional[float]:
-        """Best top-1 in percent; None on all ranks but 0.
+    def __call__(self, model: nn.Module) -> Optional[Accuracy]:
+        """The accuracy; None on all ranks but 0.
 
         The model's modes and the random state are unchanged afterwards. Every rank uses rank 0's running statistics
         (which DDP broadcasts in the next step anyway).
@@ -42,18 +53,18 @@ class KnnMonitor:
                 dist.broadcast(buffer, src=0)
         return self._accuracy(model, self.extractor)
 
-    def pixels(self) -> Optional[float]:
+    def pixels(self) -> Optional[Accuracy]:
         """The same with raw pixels (at most 32 x 32) as features: a baseline."""
         extractor = copy.copy(self.extractor)
         extractor.amp_dtype = None
         config = extractor.data_config
         return self._accuracy(Pixels(config['mean'], config['std']).to(extractor.process.device), extractor)
 
-    def _accuracy(self, model: nn.Module, extractor: FeatureExtractor) -> Optional[float]:
+    def _accuracy(self, model: nn.Module, extractor: FeatureExtractor) -> Optional[Accuracy]:
         reference, query = (self._extract(model, images, extractor) for images in self.sets)
         if not extractor.process.primary:
             return None
-        return best_knn(knn_accuracy(*reference, *query))[1]
+        return Accuracy(best_knn(knn_accuracy(*reference, *query))[1], one_shot_accuracy(*reference, *query))
 
     @staticmethod
     def _extract(

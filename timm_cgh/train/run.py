@@ -21,7 +21,7 @@ from .boards import Boards
 from .build import Backbone
 from .checkpoint import RunSaver
 from .meter import Meter
-from .monitor import KnnMonitor, QualityMonitor
+from .monitor import Accuracy, KnnMonitor, QualityMonitor
 from .outputs import describe_epoch, export_run, list_files, warn_if_collapsed, write_plots, write_settings, write_views
 from .resume import ResumePoint, is_within, restore
 from .stop import StopRequest
@@ -92,6 +92,7 @@ class Run:
         self.knn: Optional[float] = None
         self.knn_before: Optional[float] = None
         self.knn_pixels: Optional[float] = None
+        self.one_shot: Dict[str, float] = {}
         self.unreadable: Set[str] = set()
         self.finished, self.exit_code = True, 0
         self.saver = RunSaver(
@@ -130,6 +131,7 @@ class Run:
         progress = point.progress
         self.epoch, self.batch = progress['epoch'], progress['batch']
         self.knn, self.knn_before, self.knn_pixels = (progress.get(f'knn{name}') for name in ('', '_before', '_pixels'))
+        self.one_shot = progress.get('one_shot', {})
         saved = progress.get('order', {})
         if self.batch and any(saved[name] != value for name, value in self.order.items() if name in saved):
             _logger.warning(f'{point.path} was saved with another order of the images: epoch {self.epoch} starts over')
@@ -160,16 +162,17 @@ class Run:
                 write_views(self.folder, self.loader, self.to_device)
             self.boards = Boards(self.folder, resolved, self.settings.log_wandb, self.settings.log_tensorboard)
         if self.monitor is not None:
-            if self.knn_pixels is None:
-                self.knn_pixels = self.monitor.pixels()
-            if self.epoch == self.batch == 0:
-                self.knn = self.knn_before = self.monitor(self.task.student.backbone)
+            if self.knn_pixels is None and (pixels := self.monitor.pixels()) is not None:
+                self.knn_pixels, self.one_shot['pixels'] = pixels
+            if self.epoch == self.batch == 0 and (before := self.monitor(self.task.student.backbone)) is not None:
+                self.knn, self.one_shot['before'] = before
+                self.knn_before = self.knn
             if self.process.primary:
-                before = '' if self.knn_before is None else f', backbone before training {self.knn_before:.2f} %'
-                _logger.info(f'kNN top-1: raw pixels {self.knn_pixels:.2f} %{before}')
+                untrained = '' if self.knn_before is None else f', backbone before training {self.knn_before:.2f} %'
+                _logger.info(f'kNN top-1: raw pixels {self.knn_pixels:.2f} %{untrained}')
         self.saver.progress = dict(
-            epoch=0, batch=0, knn=self.knn, knn_before=self.knn_before, knn_pixels=self.knn_pixels, order=self.order,
-            bank_size=self.settings.bank_size)
+            epoch=0, batch=0, knn=self.knn, knn_before=self.knn_before, knn_pixels=self.knn_pixels,
+            one_shot=self.one_shot, order=self.order, bank_size=self.settings.bank_size)
         self.stop.defer()
 
     def epochs_left(self) -> Iterator[int]:
@@ -266,7 +269,8 @@ class Run:
         if self.settings.knn_interval and (last or (epoch + 1) % self.settings.knn_interval == 0):
             if self.monitor is not None:
                 knn = self.monitor(self.task.student.backbone)
-                self.knn = self.knn if knn is None else knn
+                if knn is not None:
+                    self.knn, self.one_shot['after'] = knn
             if self.quality is not None and self.process.primary:
                 quality = self.quality(self.task.student.backbone)
         self.epoch, self.batch, self.meter = epoch + 1, 0, Meter()
@@ -277,7 +281,7 @@ class Run:
             warn_if_collapsed(row, self.settings.bank_size)
         self.summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
         self.saver.progress.update(epoch=epoch + 1, batch=0, knn=self.knn, meter=None)
-        self.saver.save_checkpoint(epoch, metric=knn)
+        self.saver.save_checkpoint(epoch, metric=None if knn is None else knn.knn)
         self._keep_checkpoint()
         if not last:  # the export of a run that is killed is as new as its checkpoint
             self._export()
@@ -294,7 +298,7 @@ class Run:
             epoch: int,
             means: Dict[str, float],
             rate: float,
-            knn: Optional[float],
+            knn: Optional[Accuracy],
             quality: Dict[str, float],
     ) -> Dict[str, Any]:
         """Row of `summary.csv`."""
@@ -307,7 +311,7 @@ class Run:
         if math.isfinite(memory := peak_memory(self.process.device)):
             row['train_peak_memory_mib'] = round(memory)
         if knn is not None:
-            row['eval_knn'] = round(knn, 3)
+            row.update(eval_knn=round(knn.knn, 3), eval_one_shot=round(knn.one_shot, 3))
         row.update({f'eval_{name}': float(f'{value:.5g}') for name, value in quality.items()})
         row['lr'] = self.optimizer.param_groups[0]['lr']
         return row
@@ -336,6 +340,10 @@ class Run:
             _logger.info(
                 f'kNN top-1: {self.knn_before:.2f} % before, {self.knn:.2f} % after training; raw pixels '
                 f'{self.knn_pixels:.2f} %')
+            if len(self.one_shot) == 3:
+                _logger.info(
+                    'One labelled image per class: {before:.2f} % before, {after:.2f} % after training; raw pixels '
+                    '{pixels:.2f} % (nearest of them, mean of 20 draws)'.format(**self.one_shot))
         if unreadable:
             _logger.warning(f'{len(unreadable)} unreadable images were skipped')
         _logger.info(f"Files in {self.folder}: {', '.join(list_files(self.folder))}")

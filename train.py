@@ -24,8 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
     KeyValues, Parser, arguments_of, at_least_one, deviation, fraction, natural, non_negative, positive, random_seed)
-from timm_cgh.data import (
-    ViewsToDevice, create_view_loader, image_mode, is_stream, num_images, open_dataset, open_knn_datasets)
+from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.distributed import end_process, init_process
 from timm_cgh.errors import InputError, checking
@@ -236,7 +235,6 @@ def build_loader(args, dataset, views, process):
         views,
         batch_size=args.batch_size,
         seed=args.seed,
-        mode=image_mode(args.in_chans),
         workers=args.workers,
         rank=process.rank,
         world_size=process.world_size,
@@ -285,7 +283,7 @@ def build_quality(args, dataset, views, to_device):
         return None
     some = np.sort(np.random.default_rng(args.seed).permutation(num_images(dataset))[:count])
     loader = create_view_loader(
-        Subset(dataset, some.tolist()), views, min(args.batch_size, count), args.seed, image_mode(args.in_chans))
+        Subset(dataset, some.tolist()), views, min(args.batch_size, count), args.seed)
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     return QualityMonitor(loader, to_device, amp_dtype, args.channels_last)
 

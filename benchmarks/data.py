@@ -55,7 +55,7 @@ class OfficialViews(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        image, _ = read_image(self.dataset, index, 'RGB', Image.Image.convert)
+        image, _ = read_image(self.dataset, index, 'RGB', lambda image, decoding: image.convert(decoding.mode))
         return self.weak(image), self.contrastive(image)
 
 

@@ -42,19 +42,22 @@ def write_tar(path, folder):
     return path
 
 
-def write_shards(folder, per_shard=12, shards=2, name='shard', labelled=True, extension='png', broken=()):
+def write_shards(folder, per_shard=12, shards=2, name='shard', labelled=True, extension='png', broken=(), images=()):
     """Shards of webdataset, labels 0, 1, 2, 0, ...; the images at the places in `broken` cannot be read.
+
+    With `images`, a shard of these encoded ones.
 
     Returns:
         name of the split
     """
     wds = pytest.importorskip('webdataset')
     folder.mkdir(parents=True, exist_ok=True)
+    per_shard, shards = (len(images), 1) if images else (per_shard, shards)
     for shard in range(shards):
         with wds.TarWriter(str(folder / f'{name}-{shard:06d}.tar')) as writer:
             for number in range(shard * per_shard, (shard + 1) * per_shard):
                 label = {'cls': str(number % 3).encode()} if labelled else {}
-                image = b'broken' if number in broken else encode(picture(number))
+                image = images[number] if images else b'broken' if number in broken else encode(picture(number))
                 writer.write({'__key__': f'image{number:05d}', extension: image, **label})
     return f'{name}-{{000000..{shards - 1:06d}}}.tar|{shards * per_shard}'
 

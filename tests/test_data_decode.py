@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from data_files import encode
+from data_files import encode, picture, write_shards
 from timm_cgh.data import decode, open_dataset, two_views, views
-from timm_cgh.data.decode import decode_pixels, read_image
+from timm_cgh.data.decode import Decoding, decode_image, decode_pixels, read_image, to_uint8, upright_size
 from timm_cgh.data.views import ViewSpec, cut_views, draw_crop, view_rng
 
 
@@ -44,7 +44,7 @@ def opened(data):
 @pytest.mark.parametrize('reduction', [1, 2, 4, 8])
 def test_pixels_of_the_reduced_size_equal_pillows(decoder, options, reduction):
     data = jpeg(smooth(), **options)
-    pixels, done = decode_pixels(opened(data), 'RGB', reduction)
+    pixels, done = decode_pixels(opened(data), reduction=reduction)
     expected = opened(data)
     expected.draft('RGB', (333 // reduction, 250 // reduction))
     assert done == reduction and pixels.shape == (-(-250 // reduction), -(-333 // reduction), 3)
@@ -54,7 +54,7 @@ def test_pixels_of_the_reduced_size_equal_pillows(decoder, options, reduction):
 @pytest.mark.parametrize('saved, mode', [('L', 'RGB'), ('RGB', 'L'), ('L', 'L'), ('CMYK', 'RGB'), ('CMYK', 'L')])
 def test_pixels_have_the_asked_mode(decoder, saved, mode):
     data = jpeg(smooth().convert(saved))
-    pixels, _ = decode_pixels(opened(data), mode)
+    pixels, _ = decode_pixels(opened(data), Decoding(mode))
     expected = np.asarray(opened(data).convert(mode))
     assert pixels.shape == (250, 333, 3 if mode == 'RGB' else 1) and pixels.dtype == np.uint8
     assert abs(pixels.squeeze().astype(int) - expected).mean() < 1  # luma of the file, or of its clipped colours
@@ -64,23 +64,23 @@ def test_images_of_other_formats_and_decoded_ones_keep_their_size(decoder):
     decoded = opened(jpeg(smooth()))
     decoded.load()
     for image in (opened(encode(smooth())), decoded, smooth()):
-        pixels, reduction = decode_pixels(image, 'RGB', 4)
+        pixels, reduction = decode_pixels(image, reduction=4)
         assert reduction == 1 and np.array_equal(pixels, np.asarray(image))
 
 
 def test_first_of_several_images_in_a_file_is_decoded(decoder):
     data = encode(smooth(), 'MPO', save_all=True, append_images=[smooth(seed=1)])
     assert opened(data).format == 'MPO'
-    pixels, reduction = decode_pixels(opened(data), 'RGB', 2)
+    pixels, reduction = decode_pixels(opened(data), reduction=2)
     assert reduction == 2 and abs(pixels.astype(int) - np.asarray(smooth().reduce(2))).mean() < 4
 
 
 def test_truncated_file_is_refused_and_one_with_extra_bytes_is_read(decoder):
     data = jpeg(smooth())
     with pytest.raises(OSError, match='truncated'):
-        decode_pixels(opened(data[:-400]), 'RGB')
+        decode_pixels(opened(data[:-400]))
     blemished = data[:-2] + b'some bytes too many' + data[-2:]
-    assert np.array_equal(decode_pixels(opened(blemished), 'RGB')[0], np.asarray(opened(data)))
+    assert np.array_equal(decode_pixels(opened(blemished))[0], np.asarray(opened(data)))
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def test_views_of_reduced_photographs_are_nearly_those_of_the_whole(shared_data,
     assert len(found) > 60 and np.mean(found) < 3 and max(found) < 12  # of 255; bilinear and bicubic differ by 1.7
 
 
-def cut_image(size, index, image, mode):
-    return cut_views(image, two_views(size), 0, 0, index, mode)[0]
+def cut_image(size, index, image, decoding):
+    return cut_views(image, two_views(size), 0, 0, index, decoding)[0]
 
 
 def test_both_decoders_give_the_same_views_of_photographs(shared_data, monkeypatch):
@@ -182,3 +182,108 @@ def test_both_decoders_give_the_same_views_of_photographs(shared_data, monkeypat
                 patch.setattr(decode, 'simplejpeg', None)
                 slow, _ = read_image(dataset, index, mode, cut)
             assert all(torch.equal(view, other) for view, other in zip(fast, slow))
+
+
+def turned(image, orientation, format='JPEG'):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(image, format, exif=exif, **({'quality': 95} if format == 'JPEG' else {}))
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'TIFF', 'WEBP'])
+@pytest.mark.parametrize('orientation', range(1, 10))  # 9 means nothing
+def test_images_are_turned_as_their_exif_tag_says(decoder, orientation, format):
+    data = turned(smooth(60, 40), orientation, format)
+    expected = ImageOps.exif_transpose(opened(data))
+    assert upright_size(opened(data), Decoding()) == expected.size
+    assert np.array_equal(np.asarray(decode_image(opened(data))), np.asarray(expected))
+    reduced, done = decode_pixels(opened(data), reduction=2)
+    assert reduced.shape[1::-1] == tuple(-(-side // done) for side in expected.size)
+    view, _ = cut_views(opened(data), [ViewSpec(20, scale=(1, 1), ratio=(0.6, 1.6), hflip=0)], 0, 0, 0)
+    assert abs(view[0].float().mean(dim=(1, 2)) - torch.tensor(np.asarray(expected).mean(axis=(0, 1)))).max() < 20
+    if format != 'TIFF':  # Pillow turns those itself
+        stored = np.asarray(decode_image(opened(data), Decoding(exif_orientation=False)))
+        assert np.array_equal(stored, np.asarray(opened(data)))
+
+
+def test_broken_exif_is_no_reason_to_refuse_an_image(decoder):
+    data = bytearray(turned(smooth(60, 40), 6))
+    place = data.index(b'Exif') + 8
+    data[place:place + 6] = b'\xff' * 6
+    assert decode_image(opened(bytes(data))).size == (60, 40)
+
+
+def test_grey_levels_depend_on_the_value_alone():
+    deep = np.array([0, 800, 4095, 65535], dtype=np.uint16)
+    assert to_uint8(deep).tolist() == [0, 3, 16, 255]
+    assert to_uint8(deep, (0, 4095)).tolist() == [0, 50, 255, 255]
+    kelvin = np.array([250, 285, 320, np.nan, np.inf, -np.inf, -9999], dtype=np.float32)
+    assert to_uint8(kelvin, (250, 320)).tolist() == [0, 128, 255, 0, 255, 0, 0]
+    assert to_uint8(np.float32([0, 0.5, 1, 1.001])).tolist() == [0, 128, 255, 255]
+    assert to_uint8(np.int16([-1000, 0, 1000]), (-1000, 1000)).tolist() == [0, 128, 255]
+    assert to_uint8(np.array([True, False])).tolist() == [255, 0]
+
+
+def test_one_bad_pixel_leaves_the_others_as_they_are(tmp_path):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / 'a.tif')
+    for name, bad in (('b', np.nan), ('c', np.inf), ('d', -9999)):
+        Image.fromarray(np.where(values == 0, bad, values).astype(np.float32)).save(tmp_path / f'{name}.tif')
+    dataset = open_dataset('', str(tmp_path), in_chans=1)
+    clean, *others = (np.asarray(read_image(dataset, i)[0]) for i in range(4))
+    assert len(np.unique(clean)) == 64
+    assert all(np.array_equal(clean.ravel()[1:], other.ravel()[1:]) for other in others)
+
+
+def test_pixel_range_holds_for_a_data_set(tmp_path):
+    for name, level in (('dark', 1000), ('light', 4000)):
+        Image.fromarray(np.full((4, 4), level, dtype=np.uint16)).save(tmp_path / f'{name}.png')
+    read = [np.asarray(read_image(open_dataset('', str(tmp_path), pixel_range=(0, 4000)), i)[0]) for i in range(2)]
+    assert [np.unique(pixels).tolist() for pixels in read] == [[64], [255]]
+    colours = (np.asarray(picture(0)).astype(np.uint16) * 16)  # 12 bits
+    pytest.importorskip('tifffile').imwrite(tmp_path / 'colours.tif', colours, photometric='rgb')
+    dataset = open_dataset('', str(tmp_path), pixel_range=(0, 4080), input_key='.tif')
+    assert np.array_equal(np.asarray(read_image(dataset, 0)[0]), np.asarray(picture(0)))
+
+
+def test_images_of_too_many_pixels_name_the_parameter(tmp_path):
+    picture(0, size=(30, 40)).save(tmp_path / 'a.png')
+    assert read_image(open_dataset('', str(tmp_path), max_pixels=1200), 0)[0].size == (30, 40)
+    with pytest.raises(ValueError, match='30 x 40 px, `max_pixels` is 1199'):
+        read_image(open_dataset('', str(tmp_path), max_pixels=1199), 0)
+
+
+def test_images_beyond_pillows_limit_are_read_when_that_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    picture(0, size=(30, 40)).save(tmp_path / 'a.png')
+    assert read_image(open_dataset('', str(tmp_path)), 0)[0].size == (30, 40) and Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_five_bands_are_never_read_as_three(tmp_path):
+    tifffile = pytest.importorskip('tifffile')
+    bands = np.random.default_rng(0).integers(0, 256, (12, 10, 5), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / 'a.tif', bands, photometric='rgb', planarconfig='contig')
+    tifffile.imwrite(tmp_path / 'b.tif', bands.transpose(2, 0, 1), photometric='minisblack', planarconfig='separate')
+    tifffile.imwrite(tmp_path / 'c.tif', bands.astype(np.uint16) * 257, photometric='minisblack', planarconfig='contig')
+    np.save(tmp_path / 'd.npy', bands)
+    np.save(tmp_path / 'e.npy', bands.transpose(2, 0, 1) / 255)
+    picture(0).save(tmp_path / 'f.png')
+    dataset = open_dataset('', str(tmp_path), in_chans=5)
+    for index in range(5):
+        assert np.array_equal(read_image(dataset, index)[0], bands), index
+    with pytest.raises(ValueError, match=r'its shape is \(16, 16, 3\), `in_chans` is 5'):
+        read_image(dataset, 5)
+    with pytest.raises(ValueError, match='5 bands, which `in_chans` 5 reads'):
+        read_image(open_dataset('', str(tmp_path)), 0)
+    views, _ = cut_views(bands, two_views(8), 0, 0, 0, Decoding('5'))
+    assert [tuple(view.shape) for view in views] == [(5, 8, 8)] * 2
+
+
+def test_shards_are_decoded_as_folders_are(tmp_path):
+    deep = Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16))
+    split = write_shards(tmp_path, images=[encode(deep), turned(smooth(60, 40), 6, 'PNG'), encode(picture(0, size=70))])
+    dataset = open_dataset('wds/x', str(tmp_path), split, pixel_range=(0, 4000), max_pixels=2400)
+    images = [image for image, _ in dataset]
+    assert [image.size for image in images] == [(4, 4), (40, 60)] and images[0].getpixel((0, 0)) == (255, 255, 255)
+    (named,) = dataset.reader.unreadable
+    assert '70 x 70 px, `max_pixels` is 2400' in named

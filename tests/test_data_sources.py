@@ -1,5 +1,6 @@
 """Every kind of source opens to (PIL image, target) items, and what cannot be opened ends in one line."""
 import os
+import re
 import sys
 import time
 
@@ -9,11 +10,20 @@ import timm
 import torch.distributed as dist
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset
 
 from data_files import encode, picture, write_classes, write_images, write_parquet, write_shards, write_tar
 from input_errors import refused
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
-from timm_cgh.data.decode import read_image, read_or_substitute, to_mode
+from timm_cgh.data.decode import Decoding, decode_image, read_image, read_or_substitute
+
+
+class Opened(Dataset):
+    """In place of a data set."""
+
+    def __len__(self):
+        return 1
+
 
 PICTURES = {f'{i}.png': encode(picture(i)) for i in range(3)}
 
@@ -52,14 +62,14 @@ def test_folder_takes_its_split_folder_by_name_or_synonym(tmp_path):
 def test_flat_folder_opens(tmp_path):
     dataset = open_dataset('', str(write_images(tmp_path / 'flat', 4)), None)
     image, target = dataset[0]
-    assert len(dataset) == 4 and image.mode == 'RGB' and target == 0
+    assert len(dataset) == 4 and image.mode == 'RGB' and target == -1
 
 
 def test_tar_opens_and_stays_closed_between_reads(tmp_path):
     path = write_tar(tmp_path / 'images.tar', write_classes(tmp_path / 'images', 2))
     dataset = open_dataset('', str(path), 'train', in_chans=1)
     assert len(dataset) == 4 and dataset[3][0].mode == 'L'
-    assert dataset.reader.tar_state.tf is None  # forked workers would move each other's place in it
+    assert dataset.reader[3][0].read() == dataset.reader[3][0].read()
 
 
 def test_images_in_a_tar_and_in_a_tar_within_it_are_those_that_timm_reads(tmp_path):
@@ -103,7 +113,7 @@ def test_torchvision_sets_open(tmp_path):
 
 def test_stl10_trains_on_the_unlabelled_images_too(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr('timm_cgh.data.sources.STL10', lambda root, split, download: made.append(split) or [None])
+    monkeypatch.setattr('timm_cgh.data.sources.STL10', lambda root, split, download: made.append(split) or Opened())
     for split in ('train', None, 'validation', 'unlabeled'):
         open_dataset('torch/stl10', str(tmp_path), split)
     assert made == ['train+unlabeled', 'train+unlabeled', 'test', 'unlabeled']
@@ -188,8 +198,15 @@ def test_parameters_that_do_not_apply_are_refused(tmp_path):
         open_dataset('', root, target_key='label')
     with refused('class_map', 'missing.txt'):
         open_dataset('', root, class_map='missing.txt')
-    with refused('in_chans=4'):
-        image_mode(4)
+    with refused('in_chans=0'):
+        image_mode(0)
+    with refused('in_chans=4', 'torch/mnist'):
+        open_dataset('torch/mnist', root, in_chans=4)
+    for option in (dict(class_map='map.txt'), dict(num_samples=4)):
+        with refused(next(iter(option)), 'digits'):
+            open_dataset('digits', None, **option)
+    with refused('num_samples=4', 'folder'):
+        open_dataset('', root, num_samples=4)
 
 
 @pytest.mark.parametrize('error', [AttributeError, TypeError])
@@ -197,7 +214,7 @@ def test_a_bug_on_the_way_keeps_its_type(tmp_path, monkeypatch, error):
     def buggy(*args, **kwargs):
         raise error('a bug')
 
-    monkeypatch.setattr('timm_cgh.data.sources.create_dataset', buggy)
+    monkeypatch.setattr('timm_cgh.data.sources.FolderReader', buggy)
     with pytest.raises(error, match='a bug'):
         open_dataset('', str(write_classes(tmp_path / 'images', 2)), input_key='.png')
 
@@ -212,7 +229,7 @@ def test_images_of_every_mode_convert(mode, wanted):
     else:
         image = picture(0).convert(mode) if mode != '1' else gray.convert('1')
     assert image.mode == mode
-    converted = to_mode(image, wanted)
+    converted = decode_image(image, Decoding(wanted))
     assert converted.mode == wanted
     if mode in ('L', 'I;16', 'I', 'F'):
         expected = gray if mode != 'L' else image
@@ -222,7 +239,7 @@ def test_images_of_every_mode_convert(mode, wanted):
 def test_transparent_palette_converts_without_a_warning(recwarn):
     image = picture(0).convert('P')
     image.info['transparency'] = bytes(range(256))
-    assert to_mode(image, 'RGB').mode == 'RGB' and not recwarn.list
+    assert decode_image(image).mode == 'RGB' and not recwarn.list
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png'])
@@ -233,8 +250,9 @@ def test_truncated_files_are_replaced_and_named(tmp_path, suffix):
     dataset = open_dataset('', str(tmp_path), 'train')
     for length in (0, 3, 40, len(whole) // 2):
         (tmp_path / f'1{suffix}').write_bytes(whole[:length])
-        image, _, unreadable = read_or_substitute(dataset, 1, 'RGB')
-        assert unreadable == [str(tmp_path / f'1{suffix}')]
+        image, _, unreadable = read_or_substitute(dataset, 1)
+        (named,) = unreadable
+        assert re.match(re.escape(str(tmp_path / f'1{suffix}')) + r' \(.*(Pillow knows|[Tt]runcated).*\)$', named)
         others = [np.asarray(read_image(dataset, i, 'RGB')[0]) for i in (0, 2)]
         assert any(np.array_equal(np.asarray(image), other) for other in others)
 
@@ -249,14 +267,14 @@ def test_scrambled_files_never_raise_anything_else(tmp_path):
         for place in rng.integers(0, len(whole), 8):
             broken[place] = rng.integers(256)
         (tmp_path / '0.png').write_bytes(broken)
-        assert read_or_substitute(dataset, 0, 'RGB')[0].size is not None
+        assert read_or_substitute(dataset, 0)[0].size is not None
 
 
 def test_images_that_are_all_broken_are_an_error(tmp_path):
     for i in range(12):
         (tmp_path / f'{i}.jpg').write_bytes(b'not an image')
     with refused('data_dir', '0.jpg'):
-        read_or_substitute(open_dataset('', str(tmp_path)), 0, 'RGB')
+        read_or_substitute(open_dataset('', str(tmp_path)), 0)
 
 
 def test_a_run_of_unreadable_neighbours_is_replaced(tmp_path):
@@ -265,11 +283,11 @@ def test_a_run_of_unreadable_neighbours_is_replaced(tmp_path):
         path = tmp_path / f'{i:03}.png'
         path.write_bytes(b'') if i < 30 else picture(i).save(path)
     dataset = open_dataset('', str(tmp_path), 'train')
-    taken = [read_or_substitute(dataset, i, 'RGB') for i in range(60)]
+    taken = [read_or_substitute(dataset, i) for i in range(60)]
     for i, (_, _, names) in enumerate(taken):
-        assert names[:1] == ([str(tmp_path / f'{i:03}.png')] if i < 30 else [])
+        assert [name.partition(' (')[0] for name in names[:1]] == ([str(tmp_path / f'{i:03}.png')] if i < 30 else [])
     assert all(len(names) == len(set(names)) < 10 for _, _, names in taken)
-    again = read_or_substitute(dataset, 7, 'RGB')
+    again = read_or_substitute(dataset, 7)
     assert again[2] == taken[7][2] and np.array_equal(np.asarray(again[0]), np.asarray(taken[7][0]))
 
 
@@ -280,7 +298,7 @@ def test_rank_zero_downloads_first_then_one_process_of_each_node(rank, local_ran
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'get_rank', lambda: rank)
     monkeypatch.setattr(dist, 'barrier', lambda: happened.append('barrier'))
-    monkeypatch.setattr('timm_cgh.data.sources.create_dataset', lambda *_, **__: happened.append('opened') or [None])
+    monkeypatch.setattr('timm_cgh.data.sources.create_dataset', lambda *_, **__: happened.append('opened') or Opened())
     open_dataset('torch/cifar10', str(tmp_path), dataset_download=True)
     assert happened == ['barrier'] * turn + ['opened'] + ['barrier'] * (2 - turn)
     happened.clear()

@@ -11,6 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from data_files import picture
 from input_errors import refused
 from timm_cgh.data import Photometric, two_views
+from timm_cgh.data.decode import Decoding
 from timm_cgh.data.views import (
     BLUR_SIGMA, BRIGHTNESS, CONTRAST, GRAYSCALE, HUE, JITTER_ORDER, JITTER_ORDERS, SATURATION, ViewSpec, cut_views,
     draw_crop, view_rng)
@@ -46,7 +47,7 @@ def test_a_view_does_not_depend_on_global_generators_or_on_the_other_views():
 
 def test_views_are_uint8_of_the_asked_size_and_only_the_contrastive_one_has_parameters():
     for mode, chans in (('RGB', 3), ('L', 1)):
-        views, rows = cut_views(IMAGE, two_views(20), 0, 0, 0, mode)
+        views, rows = cut_views(IMAGE, two_views(20), 0, 0, 0, Decoding(mode))
         assert [tuple(v.shape) for v in views] == [(chans, 20, 20)] * 2
         assert all(v.dtype == torch.uint8 for v in views)
         assert rows[0] is None and rows[1].shape == (7,) and rows[1].dtype == torch.float32

@@ -54,7 +54,7 @@ def test_classes_that_do_not_match_are_refused(train, val, parameter, part, tmp_
 def test_images_without_class_folders_are_refused(tmp_path):
     write_images(tmp_path / 'train', 3)
     write_images(tmp_path / 'val', 3)
-    with refused('data_dir', 'one class'):
+    with refused('train_split=train', 'class folders'):
         open_folder(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_an_unreadable_image_is_left_out_and_named(damaged, caplog, batch_size, 
     features, labels, indices = extractor(timm.create_model('test_resnet', num_classes=0).eval(), images)
     assert len(features) == 5 and labels.tolist() == [0, 0, 1, 1, 1] and indices.tolist() == [0, 2, 3, 4, 5]
     assert caplog.text.count('Unreadable image left out: ') == 1
-    assert '001.png (cannot identify image file' in caplog.text
+    assert '001.png (not an image that Pillow knows' in caplog.text
     alone = extractor(timm.create_model('test_resnet', num_classes=0).eval(), Subset(images, [2]))
     assert alone.labels.tolist() == [0] and alone.indices.tolist() == [0]
 

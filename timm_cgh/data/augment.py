@@ -22,8 +22,8 @@ _BAND = 56  # pixels of a line blurred by one product on a CPU: the matrix of a 
 
 
 def to_gray(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W) luma, ITU-R 601-2; grey images are returned unchanged."""
-    if images.shape[1] == 1:
+    """(B, 3, H, W) -> (B, 1, H, W) luma, ITU-R 601-2; images of other channels are returned unchanged."""
+    if images.shape[1] != 3:
         return images
     red, green, blue = images.unbind(1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(1)
@@ -167,19 +167,14 @@ def photometric(
     """Colour jitter in each image's own order, grayscale, blur (the contrastive view, Sec. 3.2), normalisation.
 
     Args:
-        images: (B, C, H, W) uint8, C 1 or 3, on any device; saturation, hue and grayscale do not change grey images
+        images: (B, C, H, W) uint8, on any device; saturation, hue and grayscale change nothing but colours (C 3)
         params: (B, 7) float32 rows of `Photometric.draw`, on the CPU; None for no augmentation
         mean, std: (1, C, 1, 1) on the images' device, of pixels in [0, 1]; None for no normalisation
 
     Returns:
         (B, C, H, W) float32, also under autocast; in [0, 1] without normalisation
-
-    Raises:
-        ValueError: neither 1 nor 3 channels
     """
     chans, on_cpu = images.shape[1], images.device.type == 'cpu'
-    if chans not in (1, 3):
-        raise ValueError(f'images have 1 or 3 channels, got {tuple(images.shape)}')
     step = max(1, torch.get_num_threads() * _CACHED // math.prod(images.shape[1:]) if on_cpu else len(images))
     plan = () if params is None else (params, *_plan(params, chans))
     zero, unit = (0, 255) if mean is None or std is None else (255 * mean, 255 * std)

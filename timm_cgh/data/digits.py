@@ -7,6 +7,8 @@ from torch.utils.data import Dataset
 
 from timm_cgh.errors import InputError
 
+from .decode import Decoding
+
 __all__ = ['Digits']
 
 _SPLIT_SEED = 0
@@ -44,7 +46,7 @@ class Digits(Dataset):
             test = np.arange(len(members)) % _TEST_SHARE == 0
             chosen.extend(members[test if split == 'validation' else ~test].tolist())
         chosen.sort()
-        self.mode = mode
+        self.decoding = Decoding(mode)
         self.images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         self.targets = data.target[chosen].tolist()
 
@@ -52,4 +54,4 @@ class Digits(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert(self.mode), self.targets[index]
+        return Image.fromarray(self.images[index]).convert(self.decoding.mode), self.targets[index]

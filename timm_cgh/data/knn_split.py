@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_cgh.errors import InputError
 
+from .decode import dataset_decoding
 from .labels import class_to_idx, read_labels, to_label
 from .sources import find_split_folder, image_mode, open_dataset, source_prefix
 from .subset import ImageSubset
@@ -26,6 +27,7 @@ class _FirstImages(IterableDataset):
     def __init__(self, stream: IterableDataset, count: int):
         self.stream = stream
         self.count = count
+        self.decoding = dataset_decoding(stream)
 
     def set_loader_cfg(self, **kwargs: Any) -> None:
         if hasattr(self.stream, 'set_loader_cfg'):

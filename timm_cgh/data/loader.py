@@ -84,7 +84,6 @@ def create_view_loader(
         specs: Sequence[ViewSpec],
         batch_size: int,
         seed: int = 42,
-        mode: str = 'RGB',
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -99,7 +98,6 @@ def create_view_loader(
         specs: the views of each image
         batch_size: per process
         seed: of the order and the views
-        mode: PIL mode of the images, `L` or `RGB`
         workers: worker processes, of one thread each
         rank, world_size: of this process
         pin_memory: whether batches are page-locked
@@ -126,9 +124,9 @@ def create_view_loader(
     if is_stream(dataset):
         if hasattr(dataset, 'set_loader_cfg'):  # timm's readers divide the stream by the number of workers
             dataset.set_loader_cfg(num_workers=workers)
-        stream = ViewStream(dataset, specs, seed, batch_size, steps, mode, rank)
+        stream = ViewStream(dataset, specs, seed, batch_size, steps, rank)
         return ViewLoader(DataLoader(stream, batch_size=batch_size, drop_last=True, **common), steps)
     sampler = EpochBatchSampler(count, batch_size, seed, rank, world_size)
-    views = ViewDataset(dataset, specs, seed, mode)
+    views = ViewDataset(dataset, specs, seed)
     loader = DataLoader(views, batch_sampler=sampler, persistent_workers=persistent and workers > 0, **common)
     return ViewLoader(loader, steps)

@@ -1,58 +1,239 @@
-"""timm's readers of image folders, tars and webdataset shards, adapted to training on unlabelled images."""
-import contextlib
+"""Readers of image folders, tars and webdataset shards, in timm's interface."""
 import io
+import logging
 import os
-from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
+import tarfile
+from collections import Counter
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from timm.data import get_img_extensions, set_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from PIL import Image
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader import Reader
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
+from timm.utils.misc import natural_key
 
 from timm_cgh.errors import reason
+
+from .decode import Decoding, decode_image, open_image
 
 try:
     import webdataset as wds
 except ImportError:  # the constructor of timm's reader raises
     wds = None
 
-__all__ = ['ShardReader', 'TarReader', 'more_extensions']
+__all__ = ['FolderReader', 'ShardReader', 'TarReader', 'list_tars']
+
+_logger = logging.getLogger('data')
+_FORMATS = {  # still images; Pillow reads films, fonts and documents as well
+    'AVIF', 'BMP', 'DIB', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PCX', 'PNG', 'PPM', 'QOI', 'SGI', 'TGA', 'TIFF',
+    'WEBP'}
+# what operating systems and file servers leave beside images; names with a leading dot are hidden everywhere
+_SYSTEM = {'__macosx', '@eadir', '#recycle', '#snapshot', '@recycle', '$recycle.bin', 'system volume information',
+           'lost+found'}
+_MAX_WARNINGS = 5
+
+Folders = Tuple[str, ...]  # below the root
 
 
-@contextlib.contextmanager
-def more_extensions() -> Iterator[None]:
-    """Let timm's folder and tar readers find more than PNG and JPEG files, within the block."""
-    before = get_img_extensions()
-    set_img_extensions(sorted({*before, '.webp', '.bmp', '.tif', '.tiff', '.avif'}))
-    try:
-        yield
-    finally:
-        set_img_extensions(before)
+class _File(NamedTuple):
+    """An image file in a folder or a tar."""
+    name: str  # path of the file, or within the tar that holds it
+    target: int = -1
+    tar: str = ''
+    offset: int = 0
+    size: int = 0
 
 
-class TarReader(ReaderImageInTar):
-    """timm's reader of uncompressed tars, which keeps no file open between reads.
+def _is_hidden(name: str) -> bool:
+    return name.startswith('.') or name.lower() in _SYSTEM
 
-    Forked workers would share the position in an open tar, and spawned workers cannot receive one. An image is read at
-    its offset, because opening the tar anew takes a fifth of the time that decoding takes. No index is cached beside
-    the tar either: timm does that above 10 GB, and still trusts the index after the tar has changed.
+
+def _walk(root: str, ignored: Counter) -> Iterator[Tuple[Folders, _File]]:
+    """Files below a folder. Each real folder is visited once, links only once all else has been."""
+    visited = set()
+    folders: List[Tuple[Folders, str]] = [((), root)]
+    links: List[Tuple[Folders, str]] = []
+    while folders or links:
+        if not folders:
+            folders, links = sorted(links), []
+        parts, folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            ignored['unreadable folders'] += 1
+            if ignored['unreadable folders'] <= _MAX_WARNINGS:
+                _logger.warning(f'Folder skipped: {reason(error)}')
+            continue
+        for entry in entries:
+            if _is_hidden(entry.name):
+                ignored['hidden'] += 1
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(((*parts, entry.name), entry.path))
+            elif entry.is_file() or entry.is_symlink():  # a broken link is an unreadable image
+                yield parts, _File(entry.path)
+
+
+def _walk_tar(
+        path: str,
+        ignored: Counter,
+        file: BinaryIO,
+        start: int = 0,
+        inner: Folders = (),
+) -> Iterator[Tuple[Folders, _File]]:
+    """Files of a tar and of the tars in it, each of which is a folder."""
+    with tarfile.open(fileobj=file, mode='r:') as tar:
+        for member in tar:
+            *folders, name = [part for part in member.name.split('/') if part not in ('', '.')] or ['']
+            stem, ending = os.path.splitext(name)
+            offset = start + member.offset_data
+            if member.isfile() and any(map(_is_hidden, (*folders, name))):
+                ignored['hidden'] += 1
+            elif member.isfile() and ending.lower() == '.tar':
+                inside = tar.extractfile(member)
+                yield from _walk_tar(path, ignored, inside, offset, (*inner, stem))  # type: ignore[arg-type]
+            elif member.isfile():
+                yield (*inner, *folders), _File(member.name, -1, path, offset, member.size)
+
+
+def list_tars(folder: str) -> List[str]:
+    """Paths of the tars in a folder: one per class, as ImageNet comes."""
+    return sorted(
+        entry.path for entry in os.scandir(folder)
+        if entry.name.lower().endswith('.tar') and entry.is_file() and not _is_hidden(entry.name))
+
+
+def _classify(paths: Sequence[Folders], class_to_idx: Optional[Dict[str, int]]) -> Tuple[List[str], Dict[str, int]]:
+    """Class name of each image, empty where it has none, and numbers of the classes.
+
+    The class is the folder that holds the image, as in timm; where folders of one name lie in several places
+    (`cat/images`, `dog/images`), the first folder below the root, as in torchvision. Images in no folder have none.
+    """
+    if class_to_idx is not None:
+        return [next((name for name in (*p[-1:], *p[:1]) if name in class_to_idx), '') for p in paths], class_to_idx
+    twice = [name for name, count in Counter(path[-1] for path in {*paths} if len(path) > 1).items() if count > 1]
+    if twice:
+        _logger.info(f'Folders {twice[0]} in several places: the classes are the first folders below the root')
+    names = [path[0 if twice else -1] if path else '' for path in paths]
+    return names, {name: number for number, name in enumerate(sorted({*names} - {''}, key=natural_key))}
+
+
+class _FileReader(Reader):
+    """Reader of the images among listed files, in the natural order of their names.
 
     Args:
-        args, kwargs: those of timm's `ReaderImageInTar`
+        root: folder or tar
+        files: (folders below the root, file), without hidden ones
+        ignored: counts what is left out, by its kind
+        class_map: class name -> number, or a file of them; images of other classes are left out
+        input_key: endings of the images, separated by `;`; default those of still images that Pillow reads
+        bands: whether images have other than 1 or 3 channels: NumPy files are images too
+
+    Raises:
+        RuntimeError: no image
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        with more_extensions():
-            super().__init__(*args, cache_tarinfo=False, **kwargs)
+    def __init__(
+            self,
+            root: str,
+            files: Iterable[Tuple[Folders, _File]],
+            ignored: Counter,
+            class_map: Any = '',
+            input_key: Optional[str] = None,
+            bands: bool = False,
+    ):
+        super().__init__()
+        self.root = root
+        endings = set((input_key or '').lower().split(';')) if input_key else {
+            *(ending for ending, name in Image.registered_extensions().items() if name in _FORMATS),
+            *(('.npy',) if bands else ())}
+        found = []
+        for folders, file in files:
+            ending = os.path.splitext(file.name)[1].lower()
+            if ending in endings:
+                found.append((folders, file))
+            else:
+                ignored[ending or 'without ending'] += 1
+        names, self.class_to_idx = _classify(
+            [folders for folders, _ in found], load_class_map(class_map, root) if class_map else None)
+        self.samples = sorted(
+            (file._replace(target=self.class_to_idx.get(name, -1))
+             for name, (_, file) in zip(names, found) if name or not class_map),
+            key=lambda file: (natural_key(file.name), file.tar))
+        ignored['of other classes'] += len(found) - len(self.samples)
+        self.targets = [file.target for file in self.samples]
+        self._report(+ignored)
 
-    def __getitem__(self, index: int) -> Tuple[BinaryIO, Any]:
-        image, parent, child = self.samples[index]
-        start = image.offset_data + (child.offset_data if child is not None else 0)  # child: a tar in the tar
-        with open(os.path.join(self.root, parent) if parent else self.root, 'rb') as file:
-            file.seek(start)
-            return io.BytesIO(file.read(image.size)), self.targets[index]
+    def _report(self, ignored: Counter) -> None:
+        if ignored:
+            kinds = ', '.join(f'{count} {kind}' for kind, count in ignored.most_common(10))
+            heif = ' (pip install pillow-heif reads .heic)' if '.heic' in ignored else ''
+            _logger.info(f'{self.root}: {len(self)} images; ignored: {kinds}{heif}')
+        if not self.samples:
+            raise RuntimeError(f'Found 0 images in {self.root}')
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tuple[BinaryIO, int]:
+        name, target, tar, offset, size = self.samples[index]
+        if not tar:
+            return open(name, 'rb'), target
+        # No tar stays open: forked workers would share the position in it, and spawned ones cannot receive it.
+        with open(tar, 'rb') as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size)), target
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        file = self.samples[index]
+        if basename:
+            return os.path.basename(file.name)
+        if file.tar:
+            return os.path.join(file.tar, file.name) if absolute else file.name
+        return file.name if absolute else os.path.relpath(file.name, self.root)
 
 
-_INPUT_KEYS = 'jpg;jpeg;png;webp;bmp;tif;tiff'  # timm's default misses .jpeg files
+class FolderReader(_FileReader):
+    """Reader of a folder of images, of class folders or none.
+
+    Args:
+        root: the folder
+        kwargs: see `_FileReader`
+    """
+
+    def __init__(self, root: str, **kwargs: Any):
+        ignored: Counter = Counter()
+        super().__init__(root, _walk(root, ignored), ignored, **kwargs)
+
+
+class TarReader(_FileReader):
+    """Reader of an uncompressed tar of images, with class folders or none, or of a folder of such tars, one per class.
+
+    An image is read at its offset, because opening the tar anew takes a fifth of the time that decoding takes. No
+    index is cached beside the tar, as timm does above 10 GB: it would outlive changes of the tar.
+
+    Args:
+        root: tar, or folder of tars
+        kwargs: see `_FileReader`
+    """
+
+    def __init__(self, root: str, **kwargs: Any):
+        ignored: Counter = Counter()
+        super().__init__(root, self._files(root, ignored), ignored, **kwargs)
+
+    @staticmethod
+    def _files(root: str, ignored: Counter) -> Iterator[Tuple[Folders, _File]]:
+        for path in [root] if os.path.isfile(root) else list_tars(root):
+            with open(path, 'rb') as file:
+                stem = os.path.splitext(os.path.basename(path))[0]
+                yield from _walk_tar(path, ignored, file, inner=() if path == root else (stem,))
+
+
+_PIXEL = b'P5 1 1 255\n\0'  # timm decodes an image with each label
+_INPUT_KEYS = 'jpg;jpeg;jpe;jfif;png;webp;bmp;tif;tiff;gif;jp2;ppm;pgm;avif'  # timm's default misses .jpeg files
 
 
 class ShardReader(ReaderWds):
@@ -63,22 +244,28 @@ class ShardReader(ReaderWds):
 
     Args:
         input_key: extensions of the images, separated by `;`
+        decoding: of the images
         args, kwargs: those of timm's `ReaderWds`
     """
 
-    def __init__(self, *args: Any, input_key: Optional[str] = None, **kwargs: Any):
+    def __init__(
+            self, *args: Any, input_key: Optional[str] = None, decoding: Decoding = Decoding(), **kwargs: Any):
         # timm renames every decoded image to jpg
-        super().__init__(*args, input_key=f'{input_key};jpg' if input_key else _INPUT_KEYS, **kwargs)
+        bands = ';npy' if decoding.mode.isdigit() else ''
+        super().__init__(*args, input_key=f'{input_key or _INPUT_KEYS + bands};jpg', **kwargs)
+        self.decoding = decoding
         self.unreadable: List[str] = []
 
     def _lazy_init(self) -> None:
         super()._lazy_init()
         *_, decode, _ = self.ds.pipeline  # ..., decode, rename
-        timm_decode = decode.args[0]
+        timm_decode, keys = decode.args[0], set(self.input_key.split(';'))
 
         def decode_or_note(sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
             try:
-                return timm_decode({'cls': b'-1', **sample})
+                labels = {key: value for key, value in sample.items() if key not in keys}
+                decoded = timm_decode({'cls': b'-1', **labels, 'jpg': _PIXEL})
+                return decoded and {**decoded, 'jpg': self._decode(sample)}
             except (TypeError, WdsTargetKeyError):
                 raise  # not the image is at fault but the settings
             except Exception as error:
@@ -87,3 +274,7 @@ class ShardReader(ReaderWds):
                 return None
 
         self.ds.pipeline[-2] = wds.map(decode_or_note)
+
+    def _decode(self, sample: Dict[str, Any]) -> Any:
+        file = io.BytesIO(wds.filters.getfirst(sample, self.input_key))
+        return decode_image(open_image(file, self.decoding), self.decoding)

@@ -1,18 +1,21 @@
 """Open data sets: timm's, torchvision's STL-10, the digits."""
 import contextlib
+import math
 import os
 import re
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import STL10
 
 from timm_cgh.distributed import rank_zero_first
 from timm_cgh.errors import InputError, checking, reason
 
+from .decode import MAX_PIXELS, Decoding
 from .digits import Digits
-from .readers import ShardReader, TarReader, more_extensions
+from .readers import FolderReader, ShardReader, TarReader, list_tars
 
 __all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'source_prefix']
 
@@ -26,14 +29,14 @@ _STL10_SPLITS = {'train': 'train+unlabeled', **dict.fromkeys(_VAL_NAMES, 'test')
 
 
 def image_mode(in_chans: int) -> str:
-    """PIL mode of images with this number of channels.
+    """PIL mode of images with this number of channels, `L` or `RGB`; else the number.
 
     Raises:
-        InputError: neither 1 nor 3
+        InputError: less than 1
     """
-    if in_chans not in (1, 3):
-        raise InputError(f'in_chans={in_chans}: must be 3 (colour) or 1 (grey)')
-    return 'L' if in_chans == 1 else 'RGB'
+    if in_chans < 1:
+        raise InputError(f'in_chans={in_chans}: must be 3 (colour), 1 (grey) or the number of bands')
+    return {1: 'L', 3: 'RGB'}.get(in_chans, str(in_chans))
 
 
 def is_stream(dataset: Dataset) -> bool:
@@ -76,11 +79,20 @@ def data_name(dataset: str, data_dir: Optional[str]) -> str:
 
 
 def find_split_folder(data_dir: str, split: str) -> Optional[str]:
-    """Path of a split in a folder of splits: the entry with its name or a synonym (`val`, `valid`, ...)."""
-    for name in (split, *next((names for names in _SYNONYMS if split in names), ())):
-        path = os.path.join(data_dir, name)
-        if os.path.exists(path):
-            return path
+    """Path of a split in a folder of splits, or in its folder `images`: the entry with its name or a synonym.
+
+    `val`, `valid`, ... are synonyms; an entry may be a tar, and have capitals.
+    """
+    names = (split, *next((names for names in _SYNONYMS if split in names), ()))
+    for root in (data_dir, os.path.join(data_dir, 'images')):
+        entries = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        for name in (*names, *(f'{name}.tar' for name in names)):
+            path = os.path.join(root, name)
+            if os.path.exists(path):
+                return path
+            alike = [entry for entry in entries if entry.lower() == name.lower()]
+            if alike:
+                return os.path.join(root, alike[0])
     return None
 
 
@@ -123,19 +135,38 @@ def _check_name(dataset: str, data_dir: str, split: str, split_parameter: str) -
         raise InputError(f'dataset={dataset}: no such folder: {source}')
 
 
-def _open(dataset: str, download: bool, trust_remote_code: bool, **options: Any) -> Dataset:
+def _open_files(root: str, **options: Any) -> Reader:
+    """Reader of a folder, a tar, or a folder of tars."""
+    if os.path.isfile(root):
+        return TarReader(root, **options)
+    try:
+        return FolderReader(root, **options)
+    except RuntimeError:  # no images
+        if not list_tars(root):
+            raise
+    return TarReader(root, **options)
+
+
+def _open(dataset: str, decoding: Decoding, download: bool, trust_remote_code: bool, **options: Any) -> Dataset:
     """Open a data set; `options` are those of timm's `create_dataset`."""
     root, split = options['root'], options['split']
+    if not dataset:
+        reader_options = {key: options[key] for key in ('class_map', 'input_key', 'target_key') if key in options}
+        reader = _open_files(root, bands=decoding.mode.isdigit(), **reader_options)
+        return ImageDataset(root, reader=reader, input_img_mode='' if decoding.mode.isdigit() else decoding.mode)
     if dataset.lower() == 'torch/stl10':
         return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
     if source_prefix(dataset) == 'wds':
-        return IterableImageDataset(root, reader=ShardReader(name=dataset.partition('/')[2], **options))
-    if not dataset and os.path.isfile(root):
-        reader_options = {key: options[key] for key in ('class_map', 'input_key', 'target_key') if key in options}
-        return ImageDataset(root, reader=TarReader(root, **reader_options), input_img_mode=options['input_img_mode'])
-    with more_extensions():
-        return create_dataset(
-            dataset, search_split=False, download=download, trust_remote_code=trust_remote_code, **options)
+        return IterableImageDataset(
+            root, reader=ShardReader(name=dataset.partition('/')[2], decoding=decoding, **options))
+    return create_dataset(
+        dataset,
+        search_split=False,
+        download=download,
+        trust_remote_code=trust_remote_code,
+        input_img_mode='',  # timm would clip grey levels of 16 bits
+        **options,
+    )
 
 
 def _explain(
@@ -194,6 +225,31 @@ def _check_opened(opened: Dataset, dataset: str, target_key: Optional[str]) -> N
         raise InputError(f"{f'dataset={dataset}' if dataset else 'data_dir'}: has no images")
 
 
+def _check_applicable(dataset: str, **given: Any) -> None:
+    """Refuse parameters that a source would ignore."""
+    kind = dataset if dataset in ('digits', 'torch/stl10') else source_prefix(dataset)
+    fixed = ('digits', 'torch/stl10', 'torch')
+    for parameter, sources in (
+            ('class_map', fixed),
+            ('input_key', ('digits', 'torch/stl10')),
+            ('target_key', ('digits', 'torch/stl10')),
+            ('num_samples', (*fixed, '', 'hfds')),
+            ('in_chans', (*fixed, 'hfids', 'tfds')),
+    ):
+        if given[parameter] and kind in sources:
+            value = given[parameter] if isinstance(given[parameter], (int, str)) else ''
+            raise InputError(f"{parameter}={value}: does not apply to {dataset or 'a folder or a tar'}")
+
+
+def _check_range(pixel_range: Optional[Sequence[float]]) -> Optional[Tuple[float, float]]:
+    if pixel_range is None:
+        return None
+    low, high = pixel_range
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f'pixel_range={low:g} {high:g}: the first must be below the second')
+    return low, high
+
+
 def open_dataset(
         dataset: Optional[str],
         data_dir: Optional[str],
@@ -209,10 +265,13 @@ def open_dataset(
         input_key: Optional[str] = None,
         target_key: Optional[str] = None,
         num_samples: Optional[int] = None,
+        pixel_range: Optional[Sequence[float]] = None,
+        max_pixels: int = MAX_PIXELS,
+        exif_orientation: bool = True,
         search_split: bool = True,
         split_parameter: str = 'train_split',
 ) -> Dataset:
-    """Open a data set of (PIL image, target) items.
+    """Open a data set of (PIL image, target) items, which carries the way to decode its images (`Decoding`).
 
     Args:
         dataset: empty for a folder or a tar at `data_dir`; `digits`; `torch/...` (also `torch/stl10`), `hfds/...`,
@@ -221,19 +280,27 @@ def open_dataset(
         split: name of the split. `train` is all of a folder without such a subfolder, and train + unlabeled of STL-10
         is_training: whether streams shuffle and repeat
         batch_size, seed: of streams
-        in_chans: 3 for colour, 1 for grey images
+        in_chans: 3 for colour, 1 for grey images; another number for TIFF and NumPy (`.npy`) files of as many bands
         dataset_download: whether data sets may be downloaded
         dataset_trust_remote_code, class_map, input_key, target_key, num_samples: see `timm.data.create_dataset`
+        pixel_range: values of images of more than 8 bits that become 0 and 255; default 0 and 65535 of integers, 0 and
+            1 of floating point values
+        max_pixels: larger images are not read, as unreadable ones
+        exif_orientation: whether images are turned as their EXIF tag says
         search_split: whether the split may be a subfolder of `data_dir`
         split_parameter: name of the parameter that `split` comes from, for errors
 
     Raises:
         InputError: the data set cannot be opened
     """
-    dataset, data_dir, split, mode = dataset or '', data_dir or '', split or 'train', image_mode(in_chans)
+    dataset, data_dir, split = dataset or '', data_dir or '', split or 'train'
+    decoding = Decoding(image_mode(in_chans), _check_range(pixel_range), max_pixels, exif_orientation)
+    _check_applicable(
+        dataset, class_map=class_map, input_key=input_key, target_key=target_key, num_samples=num_samples,
+        in_chans=in_chans not in (1, 3) and in_chans)
     if dataset == 'digits':
         with checking(split_parameter, split, ValueError):
-            return Digits(split, mode)
+            return Digits(split, decoding.mode)
     _check_name(dataset, data_dir, split, split_parameter)
     if source_prefix(dataset) == '' or dataset.lower() in _TORCH_FOLDERS:
         data_dir = _find_images(data_dir, split, search_split, split_parameter)
@@ -241,9 +308,9 @@ def open_dataset(
     try:
         with rank_zero_first() if dataset_download else contextlib.nullcontext():
             opened = _open(
-                dataset, dataset_download, dataset_trust_remote_code, root=data_dir or None, split=split,
+                dataset, decoding, dataset_download, dataset_trust_remote_code, root=data_dir or None, split=split,
                 class_map=class_map, is_training=is_training, batch_size=batch_size, num_samples=num_samples,
-                seed=seed, input_img_mode=mode, **keys)
+                seed=seed, **keys)
     except AttributeError:  # a bug rather than a wrong parameter
         raise
     except TypeError as error:
@@ -254,4 +321,5 @@ def open_dataset(
     except Exception as error:  # timm's readers raise whatever their libraries do
         raise _explain(error, dataset, data_dir, split, split_parameter, dataset_download) from error
     _check_opened(opened, dataset, target_key)
+    opened.decoding = decoding
     return opened

@@ -1,13 +1,12 @@
 """Views of the images of a data set, map-style or a stream, and the order in which they come."""
-from typing import Iterator, List, Sequence, Tuple
+from typing import Any, Iterator, List, Sequence, Tuple
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from timm_cgh.errors import InputError, reason
 
-from .decode import read_or_substitute
+from .decode import Decoding, dataset_decoding, read_or_substitute
 from .labels import to_label
 from .views import ViewSpec, cut_views
 
@@ -24,25 +23,23 @@ class ViewDataset(Dataset):
         dataset: of (PIL image, target) items
         specs: the views of each image
         seed: of all random choices (see `timm_cgh.data.views`)
-        mode: PIL mode of the images, `L` or `RGB`
     """
 
-    def __init__(self, dataset: Dataset, specs: Sequence[ViewSpec], seed: int, mode: str = 'RGB'):
+    def __init__(self, dataset: Dataset, specs: Sequence[ViewSpec], seed: int):
         self.dataset = dataset
         self.specs = list(specs)
         self.seed = seed
-        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Tuple[int, int]) -> Tuple:
-        def cut(image: Image.Image, mode: str):
+        def cut(image: Any, decoding: Decoding):
             # a substitute too is cut by this key, so that its views differ from those under its own index
-            return cut_views(image, self.specs, self.seed, *key, mode)
+            return cut_views(image, self.specs, self.seed, *key, decoding)
 
         _, index = key
-        (views, params), target, unreadable = read_or_substitute(self.dataset, index, self.mode, cut)
+        (views, params), target, unreadable = read_or_substitute(self.dataset, index, cut)
         return views, params, target, index, unreadable
 
 
@@ -93,7 +90,7 @@ class ViewStream(IterableDataset):
 
     Args:
         dataset: the stream
-        specs, seed, mode: see `ViewDataset`
+        specs, seed: see `ViewDataset`
         batch_size: per process
         steps: batches per epoch
         rank: of this process
@@ -106,7 +103,6 @@ class ViewStream(IterableDataset):
             seed: int,
             batch_size: int,
             steps: int,
-            mode: str = 'RGB',
             rank: int = 0,
     ):
         self.dataset = dataset
@@ -114,7 +110,7 @@ class ViewStream(IterableDataset):
         self.seed = seed
         self.batch_size = batch_size
         self.steps = steps
-        self.mode = mode
+        self.decoding = dataset_decoding(dataset)
         self.rank = rank
         self.epoch = 0
         self.start_batch = 0
@@ -160,5 +156,5 @@ class ViewStream(IterableDataset):
         stream = self.rank * 4096 + worker  # no two workers draw the same random numbers
         for count, (image, target) in zip(range(batches * self.batch_size), self._images(worker)):
             index = (stream << 40) + count
-            views, params = cut_views(image, self.specs, self.seed, self.epoch, index, self.mode)
+            views, params = cut_views(image, self.specs, self.seed, self.epoch, index, self.decoding)
             yield views, params, to_label(target), -1, self._take_unreadable()

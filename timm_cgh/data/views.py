@@ -6,7 +6,7 @@ is only *drawn* here, as a row of numbers; `timm_cgh.data.augment` applies it to
 """
 import itertools
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 
 from timm_cgh.errors import InputError
 
-from .decode import decode_pixels
+from .decode import Decoding, decode_pixels, upright_size
 
 __all__ = ['Photometric', 'ViewSpec', 'check_range', 'cut_views', 'draw_crop', 'multi_crop', 'two_views', 'view_rng']
 
@@ -203,12 +203,12 @@ def _resized_crop(pixels: np.ndarray, box: Sequence[int], size: int, interpolati
 
 
 def cut_views(
-        image: Image.Image,
+        image: Union[Image.Image, np.ndarray],
         specs: Sequence[ViewSpec],
         seed: int,
         epoch: int,
         index: int,
-        mode: str = 'RGB',
+        decoding: Decoding = Decoding(),
 ) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]]]:
     """Cut all views out of one image, which is decoded once, and no larger than the views need.
 
@@ -217,21 +217,22 @@ def cut_views(
     pixels of that size, by less than a pixel of the view.
 
     Args:
-        image: as opened by Pillow, decoded or not
+        image: as opened by Pillow, decoded or not, or (H, W, C) uint8 pixels
         specs: the views
         seed, epoch, index: see `view_rng`
-        mode: `L` or `RGB`
+        decoding: how to decode it
 
     Returns:
         per view (C, size, size) uint8, channels last in memory; per view its photometric row, (7,) float32, or None
     """
     boxes, flips, rows = [], [], []
+    width, height = upright_size(image, decoding)
     for number, spec in enumerate(specs):
         rng = view_rng(seed, epoch, index, number)
-        boxes.append(draw_crop(rng, *image.size, spec.scale, spec.ratio))
+        boxes.append(draw_crop(rng, width, height, spec.scale, spec.ratio))
         flips.append(rng.random() < spec.hflip)
         rows.append(torch.from_numpy(spec.photometric.draw(rng)) if spec.photometric is not None else None)
-    pixels, reduction = decode_pixels(image, mode, _reduction(boxes, specs))
+    pixels, reduction = decode_pixels(image, decoding, _reduction(boxes, specs))
     views = []
     for spec, (left, top, right, bottom), flip in zip(specs, boxes, flips):
         width, height = (right - left) // reduction, (bottom - top) // reduction

@@ -56,7 +56,8 @@ def open_labelled(
             f'dataset={dataset}: a stream, whose images cannot be counted; use a folder, torch/ or hfds/')
     labels = read_labels(images)
     if labels is None or not (labels >= 0).any():
-        raise InputError(f'{split_parameter}={split}: has no labels')
+        raise InputError(
+            f"{split_parameter}={split}: has no labels{'' if dataset else ', put the images in class folders'}")
     if (labels >= 0).all():
         return images
     return ImageSubset(images, np.flatnonzero(labels >= 0).tolist(), image_mode(in_chans))

@@ -9,7 +9,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from timm_cgh.data import is_stream
-from timm_cgh.data.decode import UNREADABLE, read_image, to_mode
+from timm_cgh.data.decode import UNREADABLE, dataset_decoding, decode_image, read_image
 from timm_cgh.data.labels import to_label
 from timm_cgh.data.workers import start_worker
 
@@ -47,12 +47,12 @@ class _EvalStream(IterableDataset):
     """(transformed image, label) items of a stream, whose reader skips what it cannot read."""
 
     def __init__(self, dataset: IterableDataset, mode: str):
-        self.dataset, self.mode = dataset, mode
+        self.dataset, self.decoding = dataset, dataset_decoding(dataset, mode)
         self.transform: Any = None
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
         for image, target, *_ in self.dataset:
-            yield self.transform(to_mode(image, self.mode)), to_label(target)
+            yield self.transform(decode_image(image, self.decoding)), to_label(target)
 
 
 def _collate_readable(items: Sequence[Any], collate: Callable, none: Tuple[torch.Tensor, torch.Tensor]) -> Any:

@@ -82,7 +82,7 @@ def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> No
     views: Any = loader.loader.dataset
     indices = sorted({round(i) for i in np.linspace(0, len(views) - 1, 6)})
     batch = loader.read(indices)
-    images = [np.atleast_3d(read_or_substitute(views.dataset, index, views.mode)[0]) for index in batch.index.tolist()]
+    images = [np.atleast_3d(read_or_substitute(views.dataset, index)[0]) for index in batch.index.tolist()]
     teacher, *student = (to_device.to_pixels(view).numpy() for view in to_device(batch))
     rows = {'image': images, 'teacher': teacher, 'student': student[0]}
     rows.update((f'{crop.shape[1]} px', crop) for crop in student[1:])

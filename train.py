@@ -177,6 +177,7 @@ group.add_argument('--track-relations', type=Selection.normalize, nargs='?', con
                         'where its probability is at least 10/K (default), or the top20; wants labelled images')
 group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
 group.add_argument('--log-wandb', action='store_true')
+group.add_argument('--wandb-project', metavar='NAME', default='timm-cgh')
 group.add_argument('--log-tensorboard', action='store_true')
 group.add_argument('--seed', type=random_seed, default=42, metavar='N')
 group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')

@@ -1,5 +1,8 @@
 """What a run writes about itself, and the options of its evaluations."""
+import importlib.machinery
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,3 +93,22 @@ def test_the_line_of_an_epoch_fits_100_columns():
         eval_knn=99.99, eval_rankme=1024.0, train_images_per_s=10000.0)
     assert len(describe_epoch(row)) <= 100
     assert describe_epoch(dict(epoch=1, train_loss=3.0, train_images_per_s=9.6)) == 'epoch 1: loss 3.000, 10 images/s'
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(images, tmp_path, monkeypatch):
+    class Wandb:
+        """Stands in for the package, which would ask for a login."""
+        __spec__ = importlib.machinery.ModuleSpec('wandb', None)
+        calls, rows = [], []
+
+        def init(self, id=None, **kwargs):
+            self.calls.append({'id': id, **kwargs})
+            return SimpleNamespace(id=id or 'new', log=self.rows.append)
+
+    monkeypatch.setitem(sys.modules, 'wandb', fake := Wandb())
+    args = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    for epochs in (1, 2):
+        assert train(*args, '--epochs', epochs, '--log-wandb', '--wandb-project', 'birds') == 0
+    assert [call['id'] for call in fake.calls] == [None, 'new'] and [row['epoch'] for row in fake.rows] == [0, 1]
+    assert all((call['project'], call['name'], call['resume']) == ('birds', 'run', 'allow') for call in fake.calls)
+    assert fake.calls[0]['config']['options']['bank_size'] == 16

@@ -25,7 +25,8 @@ __all__ = ['check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload',
 # options that hold for one machine or one start only
 _LOCAL_OPTIONS = (
     'config', 'data_dir', 'output', 'experiment', 'resume', 'initial_checkpoint', 'workers', 'no_pin_mem', 'device',
-    'dataset_download', 'class_map', 'log_wandb', 'log_tensorboard', 'torchcompile', 'checkpoint_hist',
+    'dataset_download', 'class_map', 'log_wandb', 'log_tensorboard',
+    'wandb_project', 'knn_dir', 'torchcompile', 'checkpoint_hist',
 )
 
 

@@ -1,9 +1,11 @@
 """Weights & Biases and TensorBoard."""
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from timm_cgh.errors import InputError
+from timm_cgh.files import atomic_write
 
 __all__ = ['Boards', 'check_packages']
 
@@ -24,16 +26,29 @@ class Boards:
 
     Args:
         folder: of the run
-        config: its options
+        settings: what it describes itself by (`resolved.yaml`)
         log_wandb, log_tensorboard: which to open (see `check_packages`)
+        wandb_project: that the run belongs to; its name is the folder's, its id is kept in the folder for a resume
     """
 
-    def __init__(self, folder: str, config: Dict[str, Any], log_wandb: bool = False, log_tensorboard: bool = False):
+    def __init__(
+            self,
+            folder: str,
+            settings: Dict[str, Any],
+            log_wandb: bool = False,
+            log_tensorboard: bool = False,
+            wandb_project: str = 'timm-cgh',
+    ):
         self._log: List[Callable[[Dict[str, Any]], None]] = []
         if log_wandb:
             import wandb
-            wandb.init(project='timm-cgh', name=os.path.basename(folder), config=config)
-            self._log.append(wandb.log)
+            path = Path(folder, 'wandb_id.txt')
+            kept = path.read_text(encoding='utf-8').strip() if path.exists() else None
+            run = wandb.init(
+                project=wandb_project, name=os.path.basename(folder), id=kept, resume='allow', config=settings)
+            with atomic_write(path) as file:
+                file.write(f'{run.id}\n')
+            self._log.append(run.log)
         if log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(folder)

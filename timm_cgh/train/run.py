@@ -9,6 +9,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import NativeScaler
 
+from timm_cgh.arguments import arguments_of
 from timm_cgh.data import ViewLoader, ViewsToDevice, is_stream
 from timm_cgh.distributed import Process, all_gather_objects
 from timm_cgh.errors import checking
@@ -160,7 +161,7 @@ class Run:
                 device=str(self.process.device), processes=self.process.world_size)
             if self.epoch == self.batch == 0 and not is_stream(self.loader.loader.dataset):
                 write_views(self.folder, self.loader, self.to_device)
-            self.boards = Boards(self.folder, resolved, self.settings.log_wandb, self.settings.log_tensorboard)
+            self.boards = Boards(self.folder, resolved, **arguments_of(Boards, self.settings))
         if self.monitor is not None:
             if self.knn_pixels is None and (pixels := self.monitor.pixels()) is not None:
                 self.knn_pixels, self.one_shot['pixels'] = pixels

@@ -17,8 +17,9 @@ from .errors import DEBUG, InputError
 from .files import read_yaml
 
 __all__ = [
-    'KeyValues', 'Parser', 'add_evaluation_arguments', 'add_model_arguments', 'add_training_arguments',
-    'arguments_of', 'at_least_one', 'deviation', 'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
+    'KeyValues', 'Parser', 'add_evaluation_arguments', 'add_image_arguments', 'add_model_arguments',
+    'add_training_arguments', 'arguments_of', 'at_least_one', 'deviation', 'fraction', 'natural', 'non_negative',
+    'positive', 'random_seed']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
@@ -215,8 +216,31 @@ def add_evaluation_arguments(parser: Parser) -> None:
     add_model_arguments(parser)
 
 
-def add_model_arguments(parser: Parser) -> None:
-    """Add the options that every evaluation has: --config and the groups Model and Run."""
+def add_image_arguments(parser: Parser) -> None:
+    """Add the group Data of a job on images whose labels do not matter."""
+    group = parser.add_argument_group('Data')
+    group.add_argument('--data-dir', metavar='PATH',
+                       help='folder of images, uncompressed tar of them or single image; or root of --dataset')
+    group.add_argument('--image-list', metavar='FILE',
+                       help='only the files named in FILE, one path per line, relative to --data-dir; default: all')
+    group.add_argument('--dataset', metavar='NAME', default='',
+                       help="digits, or timm's torch/... or hfds/... (a folder of Parquet files too); "
+                            'default: --data-dir')
+    group.add_argument('--split', metavar='NAME',
+                       help='split of the data set, or subfolder of --data-dir; default: all of a folder, else train')
+    group.add_argument('--dataset-download', action='store_true', help='allow to download the data set; default: off')
+    group.add_argument('--dataset-trust-remote-code', action='store_true',
+                       help='allow data sets of the Hub to run their own code; default: off')
+    group.add_argument('--input-key', metavar='NAME', help='column of the images in a table; default: image')
+
+
+def add_model_arguments(parser: Parser, results: bool = True) -> None:
+    """Add the options of every job that runs a network: --config and the groups Model and Run.
+
+    Args:
+        parser: of the job's script
+        results: add --output (a folder) and --results-file
+    """
     parser.add_argument('-c', '--config', metavar='FILE',
                         help='YAML file of these options; the command line overrides it')
     group = parser.add_argument_group('Model')
@@ -240,6 +264,8 @@ def add_model_arguments(parser: Parser) -> None:
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
     group.add_argument('--channels-last', action='store_true')
     group.add_argument('--seed', type=random_seed, default=42, metavar='N')
+    if not results:
+        return
     group.add_argument('--output', metavar='DIR', help='folder for plots and other files; default: none are written')
     group.add_argument('--results-file', metavar='FILE', help='.json or .csv; the results are printed in any case')
 

@@ -1,4 +1,5 @@
 """Images -> feature matrix of a frozen backbone, the images divided among the processes."""
+import contextlib
 import logging
 import sys
 import time
@@ -21,7 +22,9 @@ from timm_cgh.errors import InputError, reason
 from .gather import block_indices, gather_rows
 from .loader import create_eval_loader
 
-__all__ = ['FeatureExtractor', 'Features', 'Pixels', 'extract_features', 'pooled_features']
+__all__ = [
+    'FeatureExtractor', 'Features', 'Pixels', 'extract_features', 'iterate_features', 'pooled_features',
+    'why_unreadable']
 
 _logger = logging.getLogger('eval')
 _MAX_NAMED = 20  # unreadable images
@@ -50,6 +53,41 @@ def pooled_features(model: nn.Module, images: torch.Tensor, amp_dtype: Optional[
     return output.float()
 
 
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()  # also makes LeViT and others drop what they cached of older weights
+        yield
+    finally:
+        for module, flag in training:  # parents come first: what train() does to their children is put right after
+            module.train(flag)
+
+
+def iterate_features(
+        model: nn.Module,
+        loader: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        device: Union[str, torch.device] = 'cpu',
+        amp_dtype: Optional[torch.dtype] = None,
+        channels_last: bool = False,
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of `extract_features` one by one: (B, D) float32 features and (B, ...) labels, on the CPU.
+
+    Features of an empty batch are (0, 0). The model is in eval mode until the last batch.
+    """
+    if getattr(model, 'num_classes', 0):
+        raise ValueError(f'features need a model without classifier: num_classes=0, not {model.num_classes}')
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with _in_eval_mode(model), torch.no_grad():
+        for images, target in iterate(loader):
+            features = torch.empty(0, 0)
+            if len(images):
+                images = images.to(device, non_blocking=True, memory_format=layout)
+                features = pooled_features(model, images, amp_dtype).to('cpu', copy=True)
+            # copied: each batch of a worker keeps a file descriptor open as long as its memory is in use
+            yield features, target.to('cpu', torch.long, copy=True)
+
+
 def extract_features(
         model: nn.Module,
         loader: Iterable[Tuple[torch.Tensor, torch.Tensor]],
@@ -75,27 +113,13 @@ def extract_features(
     Raises:
         ValueError: the model has a classifier or does not pool, or the loader has no batches
     """
-    if getattr(model, 'num_classes', 0):
-        raise ValueError(f'features need a model without classifier: num_classes=0, not {model.num_classes}')
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    training = [(module, module.training) for module in model.modules()]
-    features, labels = [], []
-    try:
-        model.eval()  # also makes LeViT and others drop what they cached of older weights
-        # a data loader draws from the global generator: an evaluation must not change what training draws next
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for images, target in iterate(loader):
-                if len(images):
-                    images = images.to(device, non_blocking=True, memory_format=layout)
-                    features.append(pooled_features(model, images, amp_dtype).to('cpu', copy=True))
-                # copied: each batch of a worker keeps a file descriptor open as long as its memory is in use
-                labels.append(target.to('cpu', torch.long, copy=True))
-    finally:
-        for module, flag in training:  # parents come first: what train() does to their children is put right after
-            module.train(flag)
-    if not labels:
+    # a data loader draws from the global generator: an evaluation must not change what training draws next
+    with torch.random.fork_rng(devices=[]):
+        batches = list(iterate_features(model, loader, device, amp_dtype, channels_last))
+    if not batches:
         raise ValueError('no images to extract features from')
-    return torch.cat(features) if features else torch.empty(0, 0), torch.cat(labels)
+    features, labels = zip(*batches)
+    return torch.cat([part for part in features if len(part)] or [torch.empty(0, 0)]), torch.cat(labels)
 
 
 class Pixels(nn.Module):
@@ -131,14 +155,19 @@ class Features(NamedTuple):
     indices: torch.Tensor
 
 
+def why_unreadable(dataset: Dataset, index: int, mode: str) -> str:
+    """The reason why an image cannot be read; '' if it can be now."""
+    try:
+        read_image(dataset, index, mode)
+    except UNREADABLE as error:
+        return reason(error, 200)
+    return ''
+
+
 def _log_unreadable(dataset: Dataset, indices: Sequence[int], mode: str) -> None:
     for index in indices[:_MAX_NAMED]:
-        why = ''
-        try:
-            read_image(dataset, index, mode)
-        except UNREADABLE as error:
-            why = f' ({reason(error, 200)})'
-        _logger.warning(f'Unreadable image left out: {image_name(dataset, index)}{why}')
+        why = why_unreadable(dataset, index, mode)
+        _logger.warning(f'Unreadable image left out: {image_name(dataset, index)}' + (f' ({why})' if why else ''))
     if len(indices) > _MAX_NAMED:
         _logger.warning(f'{len(indices) - _MAX_NAMED} more images are unreadable and left out')
 
@@ -191,6 +220,34 @@ class FeatureExtractor:
         """(B, D) float32 features of (B, C, H, W) normalised images on the device, from the model as it is."""
         return pooled_features(model, images.to(memory_format=self.memory_format), self.amp_dtype)
 
+    def _loader(self, dataset: Dataset, share: torch.Tensor) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of the images at the indices `share`, with (B, 2) labels and places in `share`."""
+        loader = create_eval_loader(
+            Subset(dataset, share.tolist()), self.data_config, self.batch_size, self.workers, self.process.device,
+            numbered=True)
+        return _with_progress(loader, silent=not self.process.primary)
+
+    def iterate(
+            self, model: nn.Module, dataset: Dataset, indices: torch.Tensor) -> Iterator[Tuple[Any, Any, torch.Tensor]]:
+        """Features of images batch by batch, for what does not fit into memory; this rank's share of the batches.
+
+        Args:
+            model: see `extract_features`
+            dataset: map-style, (PIL image, label) items
+            indices: (n,) of the images, those of all ranks
+
+        Yields:
+            (B, D) float32 features, on the CPU; (B,) indices of their images; (b,) indices of the batch, those of
+            unreadable images included
+        """
+        share = indices[block_indices(len(indices), self.batch_size, self.process.rank, self.process.world_size)]
+        if not len(share):
+            return
+        batches = iterate_features(
+            model, self._loader(dataset, share), self.process.device, self.amp_dtype, self.channels_last)
+        for (features, rows), block in zip(batches, share.split(self.batch_size)):
+            yield features, share[rows[:, 1]], block
+
     def __call__(self, model: nn.Module, dataset: Dataset, warn_unreadable: bool = True) -> Features:
         """Extract the features of a data set, without the images that cannot be read.
 
@@ -209,11 +266,8 @@ class FeatureExtractor:
         share = block_indices(count, self.batch_size, process.rank, process.world_size)
         features, rows = torch.empty(0, 0), torch.empty(0, 2, dtype=torch.long)
         if len(share):
-            loader = create_eval_loader(
-                Subset(dataset, share.tolist()), self.data_config, self.batch_size, self.workers, process.device,
-                numbered=True)
-            batches = _with_progress(loader, silent=not process.primary)
-            features, rows = extract_features(model, batches, process.device, self.amp_dtype, self.channels_last)
+            features, rows = extract_features(
+                model, self._loader(dataset, share), process.device, self.amp_dtype, self.channels_last)
         labels, own = rows[:, 0], share[rows[:, 1]]
         parts = all_gather_objects((own, features.shape[1]))
         indices = torch.cat([part for part, _ in parts]).sort().values

@@ -1,12 +1,13 @@
 """Fine-tuning with few labels: which images are labelled, and the two learning rates (Sec. 4.3)."""
 import os
 from collections import defaultdict
-from typing import Any, DefaultDict, Dict, List, Optional, Sequence
+from typing import Any, DefaultDict, Dict, List, Sequence
 
 import numpy as np
 import torch.nn as nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
+from timm_cgh.data.names import file_names
 from timm_cgh.errors import InputError, checking
 
 from .classifier import classifier_layers
@@ -46,23 +47,6 @@ def balanced_subset(labels: Sequence[int], share: float, seed: int = 42) -> np.n
     return np.sort(images[order[:max(round(share * len(images)), len(classes))]])
 
 
-def _file_names(dataset: Dataset) -> Optional[List[str]]:
-    """Paths of the images below the data set's root; None where the source has no names."""
-    if isinstance(dataset, Subset):
-        names = _file_names(dataset.dataset)
-        return names and [names[i] for i in dataset.indices]
-    if hasattr(dataset, 'reader'):
-        try:
-            names = dataset.filenames()
-        except (AssertionError, KeyError, TypeError):  # Hub data sets whose image column has no paths
-            return None
-    elif hasattr(dataset, 'samples'):  # torchvision's
-        names = [os.path.relpath(path, dataset.root) for path, _ in dataset.samples]
-    else:
-        return None
-    return [str(name).replace(os.sep, '/') for name in names]
-
-
 def listed_subset(dataset: Dataset, label_list: str) -> np.ndarray:
     """The images that a list names, one file name per line (the format of SimCLR's `1percent.txt`).
 
@@ -85,7 +69,7 @@ def listed_subset(dataset: Dataset, label_list: str) -> np.ndarray:
     listed = [line.replace(os.sep, '/') for line in lines if line and not line.startswith('#')]
     if not listed:
         raise InputError(f'{at_fault}: names no image')
-    names = _file_names(dataset)
+    names = file_names(dataset)
     if names is None:
         raise InputError(f'{at_fault}: the images of this data set have no file names; use `percent`')
     indices: DefaultDict[str, List[int]] = defaultdict(list)

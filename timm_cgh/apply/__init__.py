@@ -1,0 +1,1 @@
+"""A trained network applied to images without labels: embeddings, neighbours, predictions."""

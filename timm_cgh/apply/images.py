@@ -1,0 +1,120 @@
+"""All images of a source, with their names and without labels."""
+import os
+from collections import Counter
+from typing import Any, BinaryIO, List, Mapping, NamedTuple, Optional, Tuple
+
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
+from torch.utils.data import Dataset
+
+from timm_cgh.data import image_mode, open_dataset
+from timm_cgh.data.names import file_names
+from timm_cgh.data.sources import source_prefix
+from timm_cgh.errors import InputError, checking
+
+__all__ = ['NamedImages', 'open_images']
+
+
+class NamedImages(NamedTuple):
+    """dataset: map-style, of (PIL image, target) items; names: of the images, each another one."""
+    dataset: Dataset
+    names: List[str]
+
+
+class _ListReader(Reader):
+    """Files, whether they exist or not, as one of timm's readers; names are relative to `root`."""
+
+    def __init__(self, root: str, names: List[str]):
+        super().__init__()
+        self.root, self.names = root, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tuple[BinaryIO, int]:
+        return open(os.path.join(self.root, self.names[index]), 'rb'), -1
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        name = self.names[index]
+        return os.path.basename(name) if basename else os.path.join(self.root, name) if absolute else name
+
+
+def _read_list(image_list: str) -> List[str]:
+    with checking('image_list', image_list, OSError), \
+            open(image_list, encoding='utf-8', errors='surrogateescape') as file:
+        names = [line.rstrip('\r\n') for line in file if line.strip() and not line.startswith('#')]
+    if not names:
+        raise InputError(f'image_list={image_list}: names no image')
+    return names
+
+
+def _printable(name: str) -> str:
+    """A name for one line of UTF-8: other bytes, and line breaks, as escape sequences."""
+    text = os.fsencode(name).decode('utf-8', 'backslashreplace')
+    return text.replace('\n', r'\n').replace('\r', r'\r')
+
+
+def _unique(names: List[str]) -> List[str]:
+    """The names, with `#2`, `#3`, ... behind repeated ones (tables may hold files of several folders)."""
+    if len(set(names)) == len(names):
+        return names
+    seen: Counter = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(f'{name}#{seen[name]}' if seen[name] > 1 else name)
+    return unique
+
+
+def open_images(
+        data_config: Mapping[str, Any],
+        dataset: str = '',
+        data_dir: Optional[str] = None,
+        split: Optional[str] = None,
+        image_list: Optional[str] = None,
+        *,
+        dataset_download: bool = False,
+        dataset_trust_remote_code: bool = False,
+        input_key: Optional[str] = None,
+) -> NamedImages:
+    """Open all images of a source, whatever their labels.
+
+    Args:
+        data_config: of the network; its `input_size` says whether it takes colour or grey images
+        dataset, data_dir: see `timm_cgh.data.open_dataset`; `data_dir` may be a single image as well
+        split: default all of `data_dir`, the training images of other data sets
+        image_list: text file of paths below `data_dir` (default: the current folder), one per line; blank lines and
+            `#` comments are skipped
+        others: see `timm_cgh.data.open_dataset`
+
+    Raises:
+        InputError: nothing there, or a stream
+    """
+    files = None
+    if source_prefix(dataset) in ('hfids', 'tfds', 'wds'):
+        raise InputError(f'dataset={dataset}: a stream, which has no file names; use a folder, a tar, torch/ or hfds/')
+    if image_list:
+        if dataset or split:
+            raise InputError(f"image_list={image_list}: does not go with `{'dataset' if dataset else 'split'}`")
+        files = data_dir or '', _read_list(image_list)
+    elif not dataset and not data_dir:
+        raise InputError('data_dir: say which images, by it, `image_list` or `dataset`')
+    elif not dataset and os.path.isfile(str(data_dir)) and not str(data_dir).endswith('.tar'):
+        files = os.path.dirname(str(data_dir)), [os.path.basename(str(data_dir))]
+    in_chans = data_config['input_size'][0]
+    if files:
+        images: Dataset = ImageDataset(files[0], reader=_ListReader(*files), input_img_mode=image_mode(in_chans))
+    else:
+        images = open_dataset(
+            dataset,
+            data_dir,
+            split,
+            in_chans=in_chans,
+            dataset_download=dataset_download,
+            dataset_trust_remote_code=dataset_trust_remote_code,
+            input_key=input_key,
+            search_split=split is not None,
+            split_parameter='split',
+        )
+    names = file_names(images) or [f'image {index}' for index in range(len(images))]
+    return NamedImages(images, _unique([_printable(name) for name in names]))

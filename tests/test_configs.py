@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torchvision.transforms.functional import to_tensor
 
 import eval_linear
@@ -12,7 +13,8 @@ from conftest import REPOSITORY
 from data_files import picture
 from timm_cgh.arguments import arguments_of
 from timm_cgh.eval import create_eval_loader
-from timm_cgh.models.backbone import resolve_data_config
+from timm_cgh.models.backbone import create_backbone, resolve_data_config
+from timm_cgh.models.export import export_backbone
 from timm_cgh.task import CGHTask
 from timm_cgh.train.build import build_backbone, build_task, check_views
 from timm_cgh.train.settings import choose_views, settle, task_options
@@ -103,3 +105,16 @@ def test_stl10_is_evaluated_at_the_size_of_its_images():
     image = picture(0, size=96)
     (pixels, _), = create_eval_loader([(image, 0)], config)
     assert torch.equal(pixels[0], to_tensor(image)) and settings('stl10_400.yaml').knn_img_size == 96
+
+
+def test_the_recipe_that_continues_from_weights_starts_from_them(tmp_path):
+    images = make_images(tmp_path / 'images', size=32)
+    weights = export_backbone(
+        create_backbone('test_resnet'), tmp_path / 'weights', input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    check_ok(run_train(
+        '--config', REPOSITORY / 'configs' / 'continue.yaml', '--data-dir', images, '--model', f'local-dir:{weights}',
+        '--img-size', 32, '--hidden-dim', 32, '--embed-dim', 8, '--epochs', 12, '--batch-size', 12, '--bank-size', 24,
+        '--workers', 0, '--lr', 0, '--output', tmp_path, '--experiment', 'run'))
+    before, after = (load_file(folder / 'model.safetensors') for folder in (weights, tmp_path / 'run' / 'export'))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith('weight'))  # --lr 0
+    assert 'train_loss_nce' in read_summary(tmp_path / 'run')[9]

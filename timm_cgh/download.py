@@ -1,9 +1,11 @@
 """Downloads from the Hugging Face Hub through its client's cache, verified; errors are one line without a token."""
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any, Optional, Tuple, Union
@@ -12,10 +14,14 @@ from huggingface_hub import get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
     RepositoryNotFoundError, RevisionNotFoundError)
+from huggingface_hub.utils import get_session
 
 __all__ = ['HUB_PREFIX', 'fetch', 'fetch_folder', 'hub_reason', 'redact', 'split_hub_name', 'verify']
 
 HUB_PREFIX = 'hf-hub:'  # timm's
+_HASH = r'[0-9a-f]{40}|[0-9a-f]{64}'  # git's of a blob, SHA-256
+_PATIENCE = 60  # seconds for a download, to which comes the time for its bytes at the slowest rate, per second
+_SLOWEST = 50_000
 _ATTEMPTS = 4  # the client repeats a HEAD that fails with 5xx, but not the GET after it
 _STATUS = {
     401: 'not logged in, or the token is invalid (HF_TOKEN, hf auth login)',
@@ -80,6 +86,53 @@ def verify(path: Union[str, Path], sha256: str) -> None:
         raise RuntimeError(f'its hash is {digest.hexdigest()[:12]}..., not {sha256[:12]}... as published')
 
 
+class _Download(threading.Thread):
+    """One download by the Hub's client, in a thread of its own so that it can be given up.
+
+    The client names its blobs by the ETag without looking at it: one that is no hash is refused before it is used.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(daemon=True)
+        self.call = functools.partial(hf_hub_download, *args, **kwargs, library_name='timm-cgh')
+        self.path, self.etag, self.size = '', '', 0
+        self.error: Optional[BaseException] = None
+
+    def run(self) -> None:
+        session: Any = get_session()
+        hooks = session.event_hooks if hasattr(session, 'event_hooks') else session.hooks  # httpx, requests
+        try:
+            hooks['response'].append(self._note)
+            self.path = self.call()
+        except BaseException as error:
+            self.error = error
+        finally:
+            hooks['response'].remove(self._note)
+
+    def _note(self, response: Any, *_: Any, **__: Any) -> None:
+        if response.request.method != 'HEAD' or response.status_code not in (200, 302):
+            return
+        announced = response.headers.get('X-Linked-Etag') or response.headers.get('ETag')
+        if announced:
+            self.etag = announced.removeprefix('W/').strip('"')
+            if not re.fullmatch(_HASH, self.etag):
+                raise RuntimeError('the Hub announces no hash of it')
+            size = response.headers.get('X-Linked-Size') or response.headers.get('Content-Length') or ''
+            self.size = int(size) if size.isdecimal() else 0
+
+    def result(self) -> str:
+        """Path of the file; raises what the client raises, and `TimeoutError` after `_PATIENCE` and `_SLOWEST`."""
+        self.start()
+        began = time.monotonic()
+        while self.is_alive():
+            self.join(0.1)
+            if (waited := time.monotonic() - began) > _PATIENCE + self.size / _SLOWEST:
+                raise TimeoutError(f'not there after {waited:.0f} s')
+        if self.error is not None:
+            raise self.error
+        return self.path
+
+
 def fetch(
         repo_id: str,
         filename: str,
@@ -91,8 +144,8 @@ def fetch(
 
     `huggingface_hub` downloads, honours its environment (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`) and
     resumes interrupted downloads, but checks only the length of the content. Here the hash is checked too: the given
-    one, else the one that the Hub announced (the cache names its blobs by it, if it can use symbolic links). A file
-    that fails is removed from the cache.
+    one, else the one that the Hub announces or announced (the cache names its blobs by it, if it can use symbolic
+    links). A file that fails is removed from the cache. A download ends after a minute and 20 s for each MB.
 
     Args:
         repo_id, filename: `owner/name`, and a name in that repository
@@ -110,7 +163,8 @@ def fetch(
         logging.getLogger(client).setLevel(logging.WARNING)  # at INFO they log the signed URLs of private files
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='timm-cgh')
+            download = _Download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+            path = download.result()
             break
         except Exception as error:  # the types depend on the client's version and its network library
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -121,7 +175,7 @@ def fetch(
             time.sleep(2 ** (attempt - 1))
     # snapshots/<commit>/<filename> is a link to blobs/<hash>, which may be a link into a store shared by caches
     blob = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else path
-    if expected := sha256 or (re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', os.path.basename(blob)) or [None])[0]:
+    if expected := sha256 or download.etag or (re.fullmatch(_HASH, os.path.basename(blob)) or [None])[0]:
         try:
             verify(path, expected)
         except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Linear evaluation: its parts, and eval_linear.py by its command line."""
 import csv
+import os
 
 import pytest
 import timm
@@ -281,6 +282,20 @@ def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
 def test_bad_input_is_one_line_that_names_the_option(encoder, augmented, capsys, args, named):
     argv = ['--model', f'local-dir:{encoder}', *DIGITS, '--output', augmented[0], *args]
     check_refused(capsys, script, argv, named)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='limits of POSIX')
+def test_a_full_disk_is_one_line_and_leaves_no_temporary(encoder, tmp_path, capsys):
+    import resource
+    output = tmp_path / 'run'
+    argv = ['--model', f'local-dir:{encoder}', *DIGITS, '--cache-features', '--epochs', '1', '--output', output]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))  # the checkpoint is larger
+    try:
+        check_refused(capsys, script, argv, f'no space left on the disk, for {output}/last.pth.tar')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in output.iterdir()] == ['summary.csv']
 
 
 def test_crops_with_features_beyond_float16_run_again_in_float32(encoder, tmp_path):

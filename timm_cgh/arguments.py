@@ -13,7 +13,7 @@ import torch
 from timm.utils import ParseKwargs
 
 from . import scripts
-from .errors import DEBUG, InputError
+from .errors import DEBUG, InputError, full_disk
 from .files import read_yaml
 
 __all__ = [
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, str(error)) from error
 
     def run(self, main: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequence[str]] = None) -> int:
-        """Call a script's `main`; an `InputError` ends it with one line and exit code 2.
+        """Call a script's `main`; an `InputError` or a full disk ends it with one line and exit code 2.
 
         With `TIMM_CGH_DEBUG=1` in the environment its traceback is printed as well.
         """
@@ -101,6 +101,10 @@ class Parser(argparse.ArgumentParser):
             if DEBUG:
                 traceback.print_exception(error)
             self.error(self.with_flags(str(error)))
+        except Exception as error:
+            if (path := full_disk(error)) is None:
+                raise
+            self.error(f"no space left on the disk{f', for {path}' if path else ''}")
 
     def with_flags(self, message: str) -> str:
         """A message of the library with this parser's flags in place of parameter names (see `InputError`)."""

@@ -1,9 +1,10 @@
 """Errors that a user can put right."""
+import errno
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator, Type
+from typing import Any, Iterator, Optional, Type
 
-__all__ = ['DEBUG', 'InputError', 'checking', 'reason']
+__all__ = ['DEBUG', 'InputError', 'checking', 'full_disk', 'reason']
 
 DEBUG = os.environ.get('TIMM_CGH_DEBUG', '') not in ('', '0')
 
@@ -24,6 +25,18 @@ class InputError(ValueError):
 def reason(error: BaseException, limit: int = 300) -> str:
     """First line of an exception's message, or its type where there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
+def full_disk(error: BaseException) -> Optional[str]:
+    """The file, where it is known, that could not be written for lack of space; None if that is not what happened."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return str(cause.filename or '')
+        if 'No space left on device' in str(cause):  # safetensors'
+            return ''
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import yaml
 from .errors import InputError
 
 __all__ = [
-    'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_rows', 'read_yaml']
+    'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_rows', 'read_yaml',
+    'sync']
 
 
 @contextmanager
@@ -37,7 +38,11 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temp, 0o666 & ~umask)  # some writers (safetensors) make theirs readable by the owner only
+        sync(temp)
         os.replace(temp, path)  # the same folder, hence the same file system: atomic
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what a full disk does not say
+        raise
     finally:
         temp.unlink(missing_ok=True)
 
@@ -59,8 +64,12 @@ def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
     encoding, newline = ('utf-8', '') if mode == 'w' else (None, None)
     with atomic_path(path) as temp, open(temp, mode, encoding=encoding, newline=newline) as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file under the good name
+
+
+def sync(path: Union[str, Path]) -> None:
+    """Have a file's content on the disk before it is renamed: a power cut must not leave an empty one."""
+    with open(path, 'rb') as file:
+        os.fsync(file.fileno())
 
 
 def make_folder(folder: str, parameter: str, value: str) -> None:

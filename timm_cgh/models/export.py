@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
+from timm_cgh.files import sync
+
 from .backbone import plain_backbone
 
 __all__ = ['export_backbone']
@@ -72,6 +74,8 @@ def export_backbone(
             config['label_names'] = list(label_names)
         config_path.write_text(json.dumps(config, indent=2) + '\n')
         shutil.copymode(config_path, Path(scratch) / 'model.safetensors')  # safetensors' is readable by its owner only
+        for name in ('model.safetensors', 'config.json'):
+            sync(Path(scratch) / name)
         for name in ('model.safetensors', 'config.json'):
             os.replace(Path(scratch) / name, folder / name)
     return folder

@@ -9,6 +9,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.model import unwrap_model
 
 from timm_cgh.errors import InputError, reason
+from timm_cgh.files import sync
 from timm_cgh.models.checkpoints import read_file
 from timm_cgh.task import MomentumTask
 
@@ -98,8 +99,7 @@ class RunSaver(CheckpointSaver):
         return os.path.join(self.checkpoint_dir, name + self.extension)
 
     def _replace(self, src: str, dst: str) -> None:
-        with open(src, 'rb') as file:
-            os.fsync(file.fileno())  # before the old file is gone: a power cut must not leave an empty one
+        sync(src)
         os.replace(src, dst)  # timm unlinks dst first: a kill between the two would leave no checkpoint
 
     def _duplicate(self, src: str, dst: str) -> None:

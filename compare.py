@@ -11,6 +11,7 @@ same command continues after an interruption.
 import importlib.util
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -123,14 +124,28 @@ def open_output(own, args):
 
 
 def call(script, options, log):
-    """Run a script of this repository with its output appended to a file; returns whether it succeeded."""
+    """Run a script of this repository with its output appended to a file; returns whether it succeeded.
+
+    A signal that ends this process ends the script first, which saves its state.
+    """
     with open(log, 'a', encoding='utf-8') as file:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, os.path.join(ROOT, script), *options], stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code:
         with open(log, encoding='utf-8') as file:
-            _logger.error(f'{script}: exit code {done.returncode}: {file.read().strip().splitlines()[-1]} ({log})')
-    return done.returncode == 0
+            _logger.error(f'{script}: exit code {code}: {file.read().strip().splitlines()[-1]} ({log})')
+    return code == 0
+
+
+def end(signum, _):
+    """Handler of the signals that end a process: the exit code of a shell."""
+    raise SystemExit(128 + signum)
 
 
 def evaluate(args, model, folder):
@@ -223,4 +238,6 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    for signal_name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):
+        signal.signal(getattr(signal, signal_name), end)
     sys.exit(parser.run(main))

@@ -1,6 +1,10 @@
 """compare.py: methods side by side."""
 import csv
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 import yaml
@@ -95,6 +99,37 @@ def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, capsys
     named = f'--output {tmp_path}: holds a comparison with epochs 77, not '
     check_refused(capsys, script, [*DIGITS, '--methods', 'cross', '--output', tmp_path], named)
     assert not (tmp_path / 'runs').exists()
+
+
+CHILD = '''
+import os, signal, sys, time
+def save(*_):
+    open(sys.argv[1] + '/saved', 'w').close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[1] + '/started', 'w').close()
+time.sleep(600)
+'''
+
+
+def test_a_signal_ends_the_script_that_runs_once_it_has_saved_its_state(tmp_path):
+    (tmp_path / 'child.py').write_text(CHILD)
+    before = signal.signal(signal.SIGTERM, script.end)
+
+    def send():
+        while not (tmp_path / 'started').exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            script.call(str(tmp_path / 'child.py'), [str(tmp_path)], str(tmp_path / 'log'))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 128 + signal.SIGTERM and (tmp_path / 'saved').exists()
 
 
 @pytest.mark.slow  # four processes

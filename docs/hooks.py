@@ -11,6 +11,13 @@ FOLDERS = ('results', 'weights')
 SUFFIXES = ('.md', '.png', '.csv')
 
 
+def _references(patterns):
+    """References to the modules of the package that these patterns match, of those with public names."""
+    paths = [path for pattern in patterns for path in sorted((ROOT / 'timm_cgh').glob(pattern))]
+    paths = [path for path in paths if '\n__all__' in path.read_text(encoding='utf-8') and path.name != '__main__.py']
+    return '\n\n'.join(f"::: {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}" for path in paths)
+
+
 def on_files(files, config):
     """Add the changelog and the like, and what the results are made of, under their paths in the repository."""
     paths = [ROOT / name for name in PAGES]
@@ -40,6 +47,7 @@ def on_page_markdown(markdown, page, **_):
         up = '../' * name.count('/')
         return f"{text}({up}{goal}{f'#{anchor}' if anchor else ''})"
 
+    markdown = re.sub(r'<!-- modules: (.+) -->', lambda found: _references(found[1].split()), markdown)
     markdown = re.sub(r'(!?\[[^\[\]]*\])\(([^()\s]+)\)', link, markdown)
     if name == 'method.md':
         markdown = re.sub(r'\$\$(.+?)\$\$', lambda m: convert(m[1].strip(), display='block'), markdown, flags=re.S)

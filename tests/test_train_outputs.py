@@ -53,6 +53,14 @@ def test_a_run_describes_itself(images, tmp_path):
     assert log.count(' epoch 0: ') == 1 and log.count(' epoch 3: ') == 1
 
 
+def test_an_unlabelled_run_ends_with_its_nearest_neighbours(loose, tmp_path):
+    assert train('--data-dir', loose, '--output', tmp_path, '--experiment', 'run', '--epochs', 1) == 0
+    report = (tmp_path / 'run' / 'report.html').read_text()
+    assert (tmp_path / 'run' / 'neighbours.png').exists() and 'Nearest neighbours' in report and 'kNN' not in report
+    row, = read_summary(tmp_path / 'run')
+    assert float(row['eval_rankme']) > 1 and 'eval_knn' not in row
+
+
 def test_a_milestone_that_a_kill_prevented_is_made_at_the_resume(images, tmp_path):
     args = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--checkpoint-interval', 2]
     assert train(*args, '--epochs', 2) == 0

@@ -140,15 +140,15 @@ def _draw_ranking(axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
 
 @plot
 def save_retrieval_grid(
-        rows: Sequence[Sequence[Tuple[Image.Image, str, bool]]],
+        rows: Sequence[Sequence[Tuple[Image.Image, str, Optional[bool]]]],
         path: Union[str, Path],
         title: str = '',
 ) -> None:
-    """Plot queries and their nearest neighbours; the frame tells whether the class is the query's.
+    """Plot queries and their nearest neighbours; the frame tells whether the class is the query's, where it is known.
 
     Args:
-        rows: per query, (image, class name, whether it is the query's class) of the query and then of its neighbours,
-            nearest first
+        rows: per query, (image, caption, whether it is of the query's class or None) of the query and then of its
+            neighbours, nearest first
         path: PNG file to write
         title: heading
     """
@@ -160,17 +160,19 @@ def save_retrieval_grid(
         for x, (image, name, right) in enumerate(row):
             axes = figure.add_subplot(grid[y, x if x == 0 else x + 1])
             _draw_image(axes, image)
+            plain = x == 0 or right is None
             axes.spines[:].set(
                 visible=True,
-                color=GREY if x == 0 else _RIGHT if right else _WRONG,
-                linewidth=1.2 if x == 0 else 3,
+                color=GREY if plain else _RIGHT if right else _WRONG,
+                linewidth=1.2 if plain else 3,
             )
             axes.set_xlabel(_shorten(name, 14), fontsize=7, labelpad=2,
-                            color='black' if x == 0 else GREY if right else _WRONG)
+                            color='black' if x == 0 else GREY if right is not False else _WRONG)
             if y == 0 and x < 2:
                 axes.set_title('query' if x == 0 else 'nearest →', fontsize=8)
-    legend = 'green: the class of the query, orange: another'
-    figure.suptitle(f'{title} · {legend}' if title else legend, fontsize=9)
+    known = any(right is not None for row in rows for _, _, right in row)
+    legend = 'green: the class of the query, orange: another' if known else ''
+    figure.suptitle(' · '.join(filter(None, (title, legend))), fontsize=9)
     save_figure(figure, path)
 
 

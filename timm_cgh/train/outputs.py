@@ -6,18 +6,25 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import yaml
+from PIL import Image
+from torch.utils.data import Dataset
 
 import timm_cgh
-from timm_cgh.data import ViewLoader, ViewsToDevice
-from timm_cgh.data.decode import read_or_substitute
-from timm_cgh.eval.loader import eval_crop_pct
+from timm_cgh.data import ViewLoader, ViewsToDevice, image_mode
+from timm_cgh.data.decode import read_image, read_or_substitute
+from timm_cgh.eval.features import extract_features
+from timm_cgh.eval.loader import create_eval_loader, eval_crop_pct
 from timm_cgh.files import atomic_write, epochs_done
 from timm_cgh.models.export import export_backbone
 from timm_cgh.plots.curves import save_curves
+from timm_cgh.plots.evaluation import save_retrieval_grid
 from timm_cgh.plots.relations import relation_curve, save_relations
 from timm_cgh.plots.report import save_report
 from timm_cgh.plots.views import save_views
@@ -27,8 +34,8 @@ from timm_cgh.task.positives import Selection
 from .build import Backbone
 
 __all__ = [
-    'describe_epoch', 'describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'write_plots', 'write_settings',
-    'write_views']
+    'describe_epoch', 'describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'write_neighbours',
+    'write_plots', 'write_settings', 'write_views']
 
 _logger = logging.getLogger('train')
 
@@ -87,6 +94,39 @@ def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> No
     rows = {'image': images, 'teacher': teacher, 'student': student[0]}
     rows.update((f'{crop.shape[1]} px', crop) for crop in student[1:])
     save_views(rows, os.path.join(folder, 'views.png'))
+
+
+def write_neighbours(
+        folder: str,
+        images: Dataset,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        device: torch.device,
+) -> None:
+    """Write `neighbours.png`: some images, and the others whose features are most similar, with the cosine.
+
+    Args:
+        folder: of the run
+        images: map-style
+        model: see `extract_features`
+        data_config: see `create_eval_loader`
+        device: of the model
+    """
+    loader = create_eval_loader(images, data_config, 64, device=device, numbered=True)
+    features, rows = extract_features(model, loader, device)
+    features, indices = F.normalize(features), rows[:, 1]
+    queries = sorted({round(i) for i in np.linspace(0, len(features) - 1, 6)})
+    similarity, found = (features[queries] @ features.T).topk(min(9, len(features)))
+
+    def read(place: int, caption: str) -> Tuple[Image.Image, str, None]:
+        image, _ = read_image(images, int(indices[place]), image_mode(data_config['input_size'][0]))
+        image.thumbnail((160, 160))
+        return image, caption, None
+
+    save_retrieval_grid(
+        [[read(query, 'query'), *(read(p, f'{s:.2f}') for p, s in zip(places, row) if p != query)]
+         for query, places, row in zip(queries, found.tolist(), similarity.tolist())],
+        os.path.join(folder, 'neighbours.png'), 'Nearest training images, by cosine of the features')
 
 
 def describe_run(task: MomentumTask, model: str, method: str, context: str) -> str:
@@ -172,5 +212,5 @@ def list_files(folder: str) -> List[str]:
     """Names of the files that a run leaves in its folder, of those that are there."""
     names = (
         'args.yaml', 'resolved.yaml', 'train.log', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'export/',
-        'report.html', 'curves.png', 'views.png', 'relations.png')
+        'report.html', 'curves.png', 'views.png', 'neighbours.png', 'relations.png')
     return [name for name in names if os.path.exists(os.path.join(folder, name))]

@@ -23,7 +23,9 @@ from .build import Backbone
 from .checkpoint import RunSaver
 from .meter import Meter
 from .monitor import Accuracy, KnnMonitor, QualityMonitor
-from .outputs import describe_epoch, export_run, list_files, warn_if_collapsed, write_plots, write_settings, write_views
+from .outputs import (
+    describe_epoch, export_run, list_files, warn_if_collapsed, write_neighbours, write_plots, write_settings,
+    write_views)
 from .resume import ResumePoint, is_within, restore
 from .stop import StopRequest
 
@@ -332,6 +334,10 @@ class Run:
         if not self.process.primary:
             return self.exit_code
         self._export()
+        if self.monitor is None and self.quality is not None and self.data_config['input_size'][0] in (1, 3):
+            sample = self.quality.loader.loader.dataset.dataset
+            write_neighbours(
+                self.folder, sample, self.task.student.backbone, self.data_config, self.process.device)
         baselines = {'untrained': self.knn_before, 'raw pixels': self.knn_pixels}
         selection = None if self.tracker is None else self.tracker.selection
         write_plots(self.folder, self.task, self.summary.rows, baselines, selection)

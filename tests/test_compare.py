@@ -101,7 +101,7 @@ def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, capsys
     assert not (tmp_path / 'runs').exists()
 
 
-CHILD = '''
+CHILD = """
 import os, signal, sys, time
 def save(*_):
     open(sys.argv[1] + '/saved', 'w').close()
@@ -109,7 +109,7 @@ def save(*_):
 signal.signal(signal.SIGTERM, save)
 open(sys.argv[1] + '/started', 'w').close()
 time.sleep(600)
-'''
+"""
 
 
 def test_a_signal_ends_the_script_that_runs_once_it_has_saved_its_state(tmp_path):

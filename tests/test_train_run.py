@@ -26,6 +26,7 @@ def test_without_data_it_trains_on_digits_and_leaves_all_files(tmp_path):
     assert re.search(r'kNN top-1: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 9[89]\.\d+ %', text)
     assert re.search(r'per class: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 6\d\.\d+ %', text)
     assert f"local-dir:{folder / 'export'}" in text
+    assert float(read_summary(folder)[-1]['eval_rankme']) > 5
     for name in ('args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'curves.png', 'export/config.json',
                  'export/model.safetensors'):
         assert (folder / name).stat().st_size > 0, name
@@ -193,6 +194,8 @@ def test_a_killed_run_leaves_the_backbone_of_its_last_checkpoint(tmp_path):
 
 def test_a_collapsed_representation_is_announced(tmp_path, images):
     # nothing is learnt, and a projector without weights gives every image the same embedding
-    text = check_ok(train(*TINY, '--data-dir', images, '--epochs', 4, '--output', tmp_path, '--experiment', 'run',
-                          '--context', 'global', '--lr', '3', '--weight-decay', '0.3', '--momentum-teacher', '0.5'))
+    text = check_ok(train(
+        *TINY, '--dataset', 'digits', '--in-chans', 1, '--batch-size', 128, '--epochs', 4, '--output', tmp_path,
+        '--experiment', 'run', '--context', 'global', '--lr', 3, '--weight-decay', 0.3, '--momentum-teacher', 0.5))
+    assert float(read_summary(tmp_path / 'run')[-1]['eval_rankme']) < 2
     assert 'collapsed' in text

@@ -152,7 +152,10 @@ def evaluate(args, model, folder):
     """kNN and linear (cached features) top-1 of a backbone in percent; None where an evaluation failed."""
     data = to_options(
         args, 'data_dir', 'dataset', 'train_split', 'val_split', 'class_map', 'input_key', 'target_key',
-        'dataset_download', 'dataset_trust_remote_code', 'workers', 'device', 'seed', 'batch_size')
+        'dataset_download', 'dataset_trust_remote_code', 'pixel_range', 'max_pixels', 'workers', 'device',
+        'seed', 'batch_size')
+    if not args.exif_orientation:
+        data.append('--no-exif-orientation')
     top1 = []
     for name, options in (('knn', []), ('linear', ['--cache-features', '--val-interval', '0'])):
         results = os.path.join(folder, f'{name}.json')

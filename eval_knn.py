@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import read_image
+from timm_cgh.data.decode import decode_picture, read_image
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor, Pixels, best_knn
@@ -84,7 +84,7 @@ def save_retrieval(args, data, mode, train, val):
     neighbours = nearest_neighbors(train.features, val.features[queries], min(9, len(train.labels)))
 
     def read(dataset, index):
-        image, label = read_image(dataset, int(index), mode)
+        image, label = read_image(dataset, int(index), mode, decode_picture)
         image.thumbnail((160, 160))
         return image, label
 

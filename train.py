@@ -23,7 +23,8 @@ from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    KeyValues, Parser, arguments_of, at_least_one, deviation, fraction, natural, non_negative, positive, random_seed)
+    KeyValues, Parser, add_decoding_arguments, arguments_of, at_least_one, deviation, fraction, natural, non_negative,
+    positive, random_seed)
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.distributed import end_process, init_process
@@ -65,6 +66,7 @@ group.add_argument('--class-map', metavar='FILE', default='')
 group.add_argument('--input-key', metavar='NAME')
 group.add_argument('--target-key', metavar='NAME')
 group.add_argument('--num-samples', metavar='N', type=at_least_one, help='images per epoch of a stream')
+add_decoding_arguments(group)
 group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
 group.add_argument('--no-pin-mem', action='store_true', help='do not pin host memory (CUDA only)')
 
@@ -75,7 +77,8 @@ group.add_argument('--initial-checkpoint', metavar='FILE', help='start from thes
 group.add_argument('--features-only', action='store_true', help="timm's features_only wrapper: ends with the last map")
 group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
 group.add_argument('--img-size', metavar='PX', type=at_least_one, help="training size; default: the model's")
-group.add_argument('--in-chans', metavar='N', type=int, default=3, help='3 (colour) or 1 (grey)')
+group.add_argument('--in-chans', metavar='N', type=int, default=3,
+                   help='3 (colour), 1 (grey), or number of bands of TIFF and NumPy files')
 group.add_argument('--mean', nargs='+', type=fraction, metavar='X', help="of pixels in [0, 1]; default: the model's")
 group.add_argument('--std', nargs='+', type=deviation, metavar='X')
 group.add_argument('--drop-path', type=fraction, metavar='RATE', help='stochastic depth of the student')
@@ -253,7 +256,8 @@ def build_monitor(args, dataset, data_config, process):
     if args.knn_dir:
         train, source = None, dict(
             dataset='', data_dir=args.knn_dir, train_split='train', val_split=None, seed=args.seed,
-            in_chans=args.in_chans)
+            in_chans=args.in_chans, pixel_range=args.pixel_range, max_pixels=args.max_pixels,
+            exif_orientation=args.exif_orientation)
     try:
         sets, description = open_knn_datasets(**source, max_images=args.knn_images, train=train)
     except InputError as error:

@@ -17,7 +17,8 @@ from .errors import DEBUG, InputError, full_disk
 from .files import read_yaml
 
 __all__ = [
-    'KeyValues', 'Parser', 'add_evaluation_arguments', 'add_image_arguments', 'add_model_arguments',
+    'KeyValues', 'Parser', 'add_decoding_arguments', 'add_evaluation_arguments', 'add_image_arguments',
+    'add_model_arguments',
     'add_training_arguments', 'arguments_of', 'at_least_one', 'deviation', 'fraction', 'natural', 'non_negative',
     'positive', 'random_seed']
 
@@ -202,6 +203,17 @@ class Parser(argparse.ArgumentParser):
         return item
 
 
+def add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options about the decoding of images, which an evaluation needs as they were in training."""
+    group.add_argument('--pixel-range', nargs=2, type=float, metavar=('LOW', 'HIGH'),
+                       help='what becomes black and white in images of more than 8 bits; default 0 65535, of floating '
+                            'point 0 1')
+    group.add_argument('--max-pixels', type=at_least_one, metavar='N',
+                       help="larger images are not read; default: Pillow's limit, 178,956,970")
+    group.add_argument('--exif-orientation', action=argparse.BooleanOptionalAction, default=True,
+                       help='turn images as their EXIF tag says')
+
+
 def add_evaluation_arguments(parser: Parser) -> None:
     """Add the options of an evaluation of classification: the groups Data, Model and Run."""
     group = parser.add_argument_group('Data')
@@ -217,6 +229,7 @@ def add_evaluation_arguments(parser: Parser) -> None:
     group.add_argument('--class-map', metavar='FILE', default='')
     group.add_argument('--input-key', metavar='NAME')
     group.add_argument('--target-key', metavar='NAME')
+    add_decoding_arguments(group)
     add_model_arguments(parser)
 
 
@@ -256,7 +269,8 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
     group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     group.add_argument('--img-size', metavar='PX', type=at_least_one, help="default: the model's")
-    group.add_argument('--in-chans', metavar='N', type=int, help="3 (colour) or 1 (grey); default: the model's")
+    group.add_argument('--in-chans', metavar='N', type=int,
+                       help="3 (colour), 1 (grey) or number of bands; default: the model's")
     group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
                        help="of pixels in [0, 1]; default: the model's")
     group.add_argument('--std', nargs='+', type=deviation, metavar='X')

@@ -26,8 +26,8 @@ except ImportError:
     pass
 
 __all__ = [
-    'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_pixels', 'image_name',
-    'open_image', 'read_image', 'read_or_substitute', 'to_mode', 'to_uint8', 'upright_size']
+    'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_picture', 'decode_pixels',
+    'image_name', 'open_image', 'read_image', 'read_or_substitute', 'to_mode', 'to_uint8', 'upright_size']
 
 MAX_PIXELS = 2 * 89478485  # what Pillow decodes at most
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -158,6 +158,12 @@ def decode_image(
     if decoding.mode.isdigit():
         return pixels
     return Image.fromarray(pixels[:, :, 0] if decoding.mode == 'L' else pixels)
+
+
+def decode_picture(image: Union[Image.Image, np.ndarray], decoding: Decoding = Decoding()) -> Image.Image:
+    """Whole image, upright, to look at: grey, of the first channel, where it has neither one nor three."""
+    image = decode_image(image, decoding)
+    return Image.fromarray(image[:, :, 0]) if isinstance(image, np.ndarray) else image
 
 
 def _check_size(width: int, height: int, decoding: Decoding) -> None:

@@ -266,7 +266,7 @@ def open_dataset(
         target_key: Optional[str] = None,
         num_samples: Optional[int] = None,
         pixel_range: Optional[Sequence[float]] = None,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: Optional[int] = None,
         exif_orientation: bool = True,
         search_split: bool = True,
         split_parameter: str = 'train_split',
@@ -285,7 +285,7 @@ def open_dataset(
         dataset_trust_remote_code, class_map, input_key, target_key, num_samples: see `timm.data.create_dataset`
         pixel_range: values of images of more than 8 bits that become 0 and 255; default 0 and 65535 of integers, 0 and
             1 of floating point values
-        max_pixels: larger images are not read, as unreadable ones
+        max_pixels: larger images are not read, as unreadable ones; default Pillow's limit
         exif_orientation: whether images are turned as their EXIF tag says
         search_split: whether the split may be a subfolder of `data_dir`
         split_parameter: name of the parameter that `split` comes from, for errors
@@ -294,7 +294,7 @@ def open_dataset(
         InputError: the data set cannot be opened
     """
     dataset, data_dir, split = dataset or '', data_dir or '', split or 'train'
-    decoding = Decoding(image_mode(in_chans), _check_range(pixel_range), max_pixels, exif_orientation)
+    decoding = Decoding(image_mode(in_chans), _check_range(pixel_range), max_pixels or MAX_PIXELS, exif_orientation)
     _check_applicable(
         dataset, class_map=class_map, input_key=input_key, target_key=target_key, num_samples=num_samples,
         in_chans=in_chans not in (1, 3) and in_chans)

@@ -3,6 +3,7 @@ import contextlib
 import random
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
+import numpy as np
 import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
@@ -77,6 +78,8 @@ class _Crops(Dataset):
         except UNREADABLE as error:
             name = image_name(self.dataset, key[1])
             raise InputError(f'data_dir: {name} could be read before, but not now ({reason(error)})') from error
+        if isinstance(image, np.ndarray):  # of other than 1 and 3 channels
+            image = torch.from_numpy(image.copy()).permute(2, 0, 1)
         with _seeded(hash((self.seed, *key))):
             return self.transform(image), label
 

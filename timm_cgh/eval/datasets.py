@@ -1,6 +1,6 @@
 """Labelled training and validation images of an evaluation."""
 import os
-from typing import Any, List, Mapping, NamedTuple, Optional
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
@@ -97,6 +97,9 @@ def open_labelled_datasets(
         class_map: str = '',
         input_key: Optional[str] = None,
         target_key: Optional[str] = None,
+        pixel_range: Optional[Sequence[float]] = None,
+        max_pixels: Optional[int] = None,
+        exif_orientation: bool = True,
 ) -> LabelledDatasets:
     """Open the training and the validation images and check that their classes are the same.
 
@@ -122,6 +125,9 @@ def open_labelled_datasets(
             class_map=class_map,
             input_key=input_key,
             target_key=target_key,
+            pixel_range=pixel_range,
+            max_pixels=max_pixels,
+            exif_orientation=exif_orientation,
         ) for split, parameter in ((train_split, 'train_split'), (val_split, 'val_split')))
     num_classes = check_classes(train, val)
     return LabelledDatasets(train, val, num_classes, class_names(train, num_classes))

@@ -3,12 +3,14 @@ import copy
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from timm.data import create_loader
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.transforms import MaybeToTensor, ToNumpy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from timm_cgh.data import is_stream
+from timm_cgh.data import image_mode, is_stream
 from timm_cgh.data.decode import UNREADABLE, dataset_decoding, decode_image, read_image
 from timm_cgh.data.labels import to_label
 from timm_cgh.data.workers import start_worker
@@ -23,6 +25,19 @@ def eval_crop_pct(img_size: int) -> float:
     the images' size (STL-10: 96 px, configs/eval_linear_stl10.yaml) to do the same.
     """
     return 0.875 if img_size >= 224 else 1.0
+
+
+def _transformed(image: Any, transform: Any) -> Any:
+    """An image by timm's transform, which takes (H, W, C) uint8 pixels of other channels for no image."""
+    if not isinstance(image, np.ndarray):
+        return transform(image)
+    image = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    for step in transform.transforms:
+        if isinstance(step, MaybeToTensor):
+            image = image / 255
+        else:
+            image = image.numpy() if isinstance(step, ToNumpy) else step(image)
+    return image
 
 
 class _EvalImages(Dataset):
@@ -40,7 +55,7 @@ class _EvalImages(Dataset):
             image, label = read_image(self.dataset, index, self.mode)
         except UNREADABLE:
             return None
-        return self.transform(image), torch.tensor((label, index)) if self.numbered else label
+        return _transformed(image, self.transform), torch.tensor((label, index)) if self.numbered else label
 
 
 class _EvalStream(IterableDataset):
@@ -52,7 +67,7 @@ class _EvalStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, int]]:
         for image, target, *_ in self.dataset:
-            yield self.transform(decode_image(image, self.decoding)), to_label(target)
+            yield _transformed(decode_image(image, self.decoding), self.transform), to_label(target)
 
 
 def _collate_readable(items: Sequence[Any], collate: Callable, none: Tuple[torch.Tensor, torch.Tensor]) -> Any:
@@ -79,7 +94,7 @@ def create_eval_loader(
 
     Args:
         dataset: gives (PIL image, target) items, map-style or a stream; not changed
-        data_config: timm's: `input_size` (C, H, W) with C 1 or 3, `mean` and `std` per channel, `interpolation`
+        data_config: timm's: `input_size` (C, H, W), `mean` and `std` per channel, `interpolation`
         batch_size: images per batch; the last one may be smaller
         workers: worker processes; they end with each pass
         device: of the batches; timm's prefetcher moves them to an accelerator and normalises there
@@ -89,15 +104,13 @@ def create_eval_loader(
         iterable of ((B, C, H, W) float32, (B,) int64) batches on `device`, (B, 2) labels and indices where `numbered`
 
     Raises:
-        ValueError: channels other than 1 and 3, or mean and std of another number of channels
+        ValueError: mean and std of another number of channels
     """
     device = torch.device(device)
     chans, *img_size = data_config['input_size']
-    if chans not in (1, 3):
-        raise ValueError(f'images have 1 or 3 channels, input_size asks for {chans}')
     if not len(data_config['mean']) == len(data_config['std']) == chans:
         raise ValueError(f"{chans} channels, mean {data_config['mean']}, std {data_config['std']}: one per channel")
-    mode = 'L' if chans == 1 else 'RGB'
+    mode = image_mode(chans)
     if is_stream(dataset) and hasattr(dataset, 'set_loader_cfg'):
         dataset = copy.copy(dataset)
         dataset.set_loader_cfg(num_workers=workers)  # create_loader tells timm's own class only

@@ -31,7 +31,7 @@ from timm_cgh.distributed import end_process, init_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval.features import FeatureExtractor
 from timm_cgh.loss import CONTEXTS
-from timm_cgh.models.backbone import resolve_data_config
+from timm_cgh.models.backbone import as_image_size, resolve_data_config
 from timm_cgh.progress import log_to_console, log_to_file
 from timm_cgh.task import BASELINES
 from timm_cgh.task.positives import Selection
@@ -76,7 +76,8 @@ group.add_argument('--pretrained', action='store_true', help="start from timm's 
 group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights (safetensors or torch file)')
 group.add_argument('--features-only', action='store_true', help="timm's features_only wrapper: ends with the last map")
 group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
-group.add_argument('--img-size', metavar='PX', type=at_least_one, help="training size; default: the model's")
+group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
+                   help="training size, or height and width; default: the model's")
 group.add_argument('--in-chans', metavar='N', type=int, default=3,
                    help='3 (colour), 1 (grey), or number of bands of TIFF and NumPy files')
 group.add_argument('--mean', nargs='+', type=fraction, metavar='X', help="of pixels in [0, 1]; default: the model's")
@@ -326,8 +327,9 @@ def pretrain(args):
         data_config = resolve_data_config(
             backbone.module.pretrained_cfg, interpolation=args.train_interpolation,
             **arguments_of(resolve_data_config, args))
-        img_size = data_config['input_size'][-1]
-        name = f"{args.model.replace('/', '_').replace(':', '_')}-{img_size}"
+        img_size = as_image_size(data_config['input_size'][1:])
+        size = 'x'.join(map(str, dict.fromkeys(data_config['input_size'][1:])))
+        name = f"{args.model.replace('/', '_').replace(':', '_')}-{size}"
         folder, point = find_run(args.output, args.experiment, args.resume, name)
         settle(args, num_images(dataset), process.world_size, point and point.progress.get('bank_size'))
 
@@ -368,7 +370,7 @@ def pretrain(args):
         if process.distributed:
             task.prepare_distributed(device_ids=[process.device] if process.device.type == 'cuda' else None)
         _logger.info(
-            f'{describe_run(task, args.model, args.method, args.context)}, {num_images(dataset)} images of {img_size} '
+            f'{describe_run(task, args.model, args.method, args.context)}, {num_images(dataset)} images of {size} '
             f'px, {len(loader)} batches of {args.batch_size} x {process.world_size} an epoch, lr {args.lr:g}, bank '
             f'{args.bank_size}, on {args.device} -> {folder}')
         run.begin()

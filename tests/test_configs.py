@@ -101,7 +101,7 @@ def test_variants_run_by_command_line(tmp_path, options):
 
 def test_stl10_is_evaluated_at_the_size_of_its_images():
     evaluation = eval_linear.parser.parse(['-c', str(REPOSITORY / 'configs' / 'eval_linear_stl10.yaml')])
-    config = dict(input_size=(3, evaluation.img_size, evaluation.img_size), mean=(0.0,) * 3, std=(1.0,) * 3)
+    config = dict(input_size=(3, *2 * evaluation.img_size), mean=(0.0,) * 3, std=(1.0,) * 3)
     image = picture(0, size=96)
     (pixels, _), = create_eval_loader([(image, 0)], config)
     assert torch.equal(pixels[0], to_tensor(image)) and settings('stl10_400.yaml').knn_img_size == 96

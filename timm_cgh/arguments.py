@@ -268,7 +268,8 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
     group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")
     group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
-    group.add_argument('--img-size', metavar='PX', type=at_least_one, help="default: the model's")
+    group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
+                       help="side, or height and width; default: the model's")
     group.add_argument('--in-chans', metavar='N', type=int,
                        help="3 (colour), 1 (grey) or number of bands; default: the model's")
     group.add_argument('--mean', nargs='+', type=fraction, metavar='X',

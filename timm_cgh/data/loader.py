@@ -17,7 +17,7 @@ __all__ = ['Batch', 'ViewLoader', 'create_view_loader']
 class Batch(NamedTuple):
     """Views of a batch before photometric augmentation.
 
-    views: per view (B, C, size, size) uint8, channels last in memory; params: per view its photometric rows (B, 7)
+    views: per view (B, C, H, W) uint8, channels last in memory; params: per view its photometric rows (B, 7)
     float32, or None; target: (B,) int64, -1 where unknown; index: (B,) int64, -1 in streams; unreadable: names of the
     images that could not be read.
     """

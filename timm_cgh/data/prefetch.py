@@ -24,14 +24,14 @@ class ViewsToDevice:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> List[torch.Tensor]:
-        """Per view (B, C, size, size) float32, normalised."""
+        """Per view (B, C, H, W) float32, normalised."""
         return [
             photometric(view.to(self.device, non_blocking=True), params, self.mean, self.std)
             for view, params in zip(batch.views, batch.params)
         ]
 
     def to_pixels(self, view: torch.Tensor) -> torch.Tensor:
-        """(B, size, size, C) uint8 on the CPU: what a view looks like."""
+        """(B, H, W, C) uint8 on the CPU: what a view looks like."""
         pixels = (view * self.std + self.mean).clamp(0, 1) * 255
         return pixels.round().byte().permute(0, 2, 3, 1).cpu()
 

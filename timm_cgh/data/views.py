@@ -54,12 +54,17 @@ class Photometric(NamedTuple):
 
 class ViewSpec(NamedTuple):
     """One view of an image: random resized crop, horizontal flip and, for a contrastive view, photometric changes."""
-    size: int
+    size: Union[int, Tuple[int, int]]
     scale: Tuple[float, ...] = (0.2, 1.0)
     ratio: Tuple[float, ...] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     interpolation: str = 'bilinear'
     photometric: Optional[Photometric] = None
+
+    @property
+    def shape(self) -> Tuple[int, int]:
+        """Height and width, px."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 def check_range(name: str, bounds: Sequence[float], top: float = 1) -> None:
@@ -71,7 +76,7 @@ def check_range(name: str, bounds: Sequence[float], top: float = 1) -> None:
 
 
 def two_views(
-        img_size: int,
+        img_size: Union[int, Tuple[int, int]],
         scale: Sequence[float] = (0.2, 1.0),
         weak_scale: Optional[Sequence[float]] = None,
         ratio: Sequence[float] = (3 / 4, 4 / 3),
@@ -86,10 +91,10 @@ def two_views(
     """The teacher's weak view and the student's contrastive view (Sec. 3.2, 4.1.1).
 
     Args:
-        img_size: side of both views, px
+        img_size: side of both views, px, or (H, W)
         scale: range of the crop's share of the image area
         weak_scale: the same for the weak view; default `scale`
-        ratio: range of the crop's width / height
+        ratio: range of the crop's width / height, in units of the view's
         hflip: probability of a horizontal flip
         color_jitter: strengths of brightness, contrast, saturation and hue (hue at most 0.5)
         color_jitter_prob, grayscale_prob, gaussian_blur_prob: probabilities
@@ -143,6 +148,8 @@ def multi_crop(
             has the wrong number of values or values out of bounds
     """
     teacher, full = views
+    if not isinstance(full.size, int):
+        raise InputError(f'multi_crop: needs square images, `img_size` is {full.size}')
     sizes = list(sizes) or [round(full.size * sevenths / 7) for sevenths in (7, 6, 5, 4, 3)]
     if sizes[0] != full.size or max(sizes) > full.size:
         raise InputError(f"multi_crop={' '.join(map(str, sizes))}: must start with the full size, {full.size}, and not "
@@ -191,15 +198,16 @@ def draw_crop(
 def _reduction(boxes: Sequence[Tuple[int, int, int, int]], specs: Sequence[ViewSpec]) -> int:
     """Largest of 1, 2, 4, 8 by which the image may be reduced and no crop have fewer pixels than its view."""
     least = min(
-        min(right - left, bottom - top) / spec.size for (left, top, right, bottom), spec in zip(boxes, specs))
+        min((bottom - top) / spec.shape[0], (right - left) / spec.shape[1])
+        for (left, top, right, bottom), spec in zip(boxes, specs))
     return next((reduction for reduction in (8, 4, 2) if least >= reduction), 1)
 
 
-def _resized_crop(pixels: np.ndarray, box: Sequence[int], size: int, interpolation: str) -> torch.Tensor:
-    """Crop (H, W, C) pixels and resize to (C, size, size), antialiased like Pillow in a third of its time."""
+def _resized_crop(pixels: np.ndarray, box: Sequence[int], size: Any, interpolation: str) -> torch.Tensor:
+    """Crop (H, W, C) pixels and resize to (C, H, W), antialiased like Pillow in a third of its time."""
     left, top, right, bottom = box
     crop = torch.from_numpy(pixels[None, top:bottom, left:right].copy()).permute(0, 3, 1, 2)
-    return F.interpolate(crop, (size, size), mode=interpolation, antialias=True).squeeze(0)
+    return F.interpolate(crop, size, mode=interpolation, antialias=True).squeeze(0)
 
 
 def cut_views(
@@ -223,13 +231,14 @@ def cut_views(
         decoding: how to decode it
 
     Returns:
-        per view (C, size, size) uint8, channels last in memory; per view its photometric row, (7,) float32, or None
+        per view (C, H, W) uint8, channels last in memory; per view its photometric row, (7,) float32, or None
     """
     boxes, flips, rows = [], [], []
     width, height = upright_size(image, decoding)
     for number, spec in enumerate(specs):
         rng = view_rng(seed, epoch, index, number)
-        boxes.append(draw_crop(rng, width, height, spec.scale, spec.ratio))
+        aspect = spec.shape[1] / spec.shape[0]
+        boxes.append(draw_crop(rng, width, height, spec.scale, [bound * aspect for bound in spec.ratio]))
         flips.append(rng.random() < spec.hflip)
         rows.append(torch.from_numpy(spec.photometric.draw(rng)) if spec.photometric is not None else None)
     pixels, reduction = decode_pixels(image, decoding, _reduction(boxes, specs))

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from timm_cgh.data import image_mode
 from timm_cgh.errors import InputError, checking
-from timm_cgh.models.backbone import check_model, create_backbone, plain_backbone, resolve_data_config
+from timm_cgh.models.backbone import ImageSize, check_model, create_backbone, plain_backbone, resolve_data_config
 from timm_cgh.models.checkpoints import load_weights, read_file, run_arguments, weights_digest
 
 __all__ = ['Backbone', 'load_backbone']
@@ -48,7 +48,7 @@ def load_backbone(
         no_pretrained: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
         in_chans: Optional[int] = None,
-        img_size: Optional[int] = None,
+        img_size: Optional[ImageSize] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
 ) -> Backbone:
@@ -60,8 +60,8 @@ def load_backbone(
         teacher: take the averaged network of the checkpoint
         no_pretrained: random weights where there is no checkpoint
         model_kwargs: further arguments of `timm.create_model`
-        in_chans: 3 for colour, 1 for grey images
-        img_size: side, px
+        in_chans: channels of the images
+        img_size: side, px, or (H, W)
         mean, std: normalisation, of pixels in [0, 1]
 
     Raises:

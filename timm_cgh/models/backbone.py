@@ -14,11 +14,25 @@ from timm_cgh.errors import InputError, checking
 from timm_cgh.files import read_json
 
 __all__ = [
-    'check_model', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names', 'read_config',
-    'resolve_data_config', 'timm_config']
+    'ImageSize', 'as_image_size', 'check_model', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names',
+    'read_config', 'resolve_data_config', 'timm_config']
 
+ImageSize = Union[int, Sequence[int]]
 _LOCAL_PREFIX = 'local-dir:'  # timm's
 _OWN_PARAMETERS = {'features_only', 'img_size', 'in_chans', 'num_classes', 'out_indices', 'pretrained'}
+
+
+def as_image_size(img_size: Optional[ImageSize]) -> Optional[Union[int, Tuple[int, int]]]:
+    """Side of square images, px, else (H, W); of a side, or a sequence of one or two.
+
+    Raises:
+        InputError: more sides
+    """
+    if img_size is None or isinstance(img_size, int):
+        return img_size
+    if len(img_size) not in (1, 2):
+        raise InputError(f"img_size={' '.join(map(str, img_size))}: must be one side, or height and width")
+    return img_size[0] if img_size[0] == img_size[-1] else (img_size[0], img_size[1])
 
 
 def check_model(model: str, model_kwargs: Optional[Mapping[str, Any]] = None) -> None:
@@ -75,7 +89,7 @@ def read_config(path: Union[str, Path]) -> Dict[str, Any]:
     return config
 
 
-def create_backbone(name: str, img_size: Optional[Union[int, Tuple[int, int]]] = None, **kwargs: Any) -> nn.Module:
+def create_backbone(name: str, img_size: Optional[ImageSize] = None, **kwargs: Any) -> nn.Module:
     """`timm.create_model(name, num_classes=0)`, with `img_size` passed on to the models that take one.
 
     Models with positional embeddings or windows are built for one input size; the others take any size and refuse the
@@ -99,7 +113,7 @@ def create_backbone(name: str, img_size: Optional[Union[int, Tuple[int, int]]] =
         read_config(Path(name.removeprefix(_LOCAL_PREFIX), 'config.json'))
     if img_size is not None:
         try:
-            return timm.create_model(name, img_size=img_size, **kwargs)
+            return timm.create_model(name, img_size=as_image_size(img_size), **kwargs)
         except TypeError as error:
             if 'img_size' not in str(error):
                 raise
@@ -115,7 +129,7 @@ def resolve_data_config(
         pretrained_cfg: Mapping[str, Any],
         *,
         in_chans: Optional[int] = None,
-        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        img_size: Optional[ImageSize] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
         interpolation: Optional[str] = None,
@@ -137,7 +151,7 @@ def resolve_data_config(
         InputError: `mean` or `std` with another number of values
     """
     chans = in_chans or pretrained_cfg['input_size'][0]
-    size = img_size or pretrained_cfg['input_size'][1:]
+    size = as_image_size(img_size) or pretrained_cfg['input_size'][1:]
     height, width = (size, size) if isinstance(size, int) else size
     interpolation = interpolation or pretrained_cfg.get('interpolation') or 'bilinear'
     config: Dict[str, Any] = dict(input_size=(chans, height, width), interpolation=interpolation)
@@ -173,7 +187,7 @@ def plain_names(wrapper: Iterable[str], plain: Iterable[str]) -> Dict[str, str]:
 
 def plain_backbone(
         backbone: nn.Module,
-        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        img_size: Optional[ImageSize] = None,
         **model_kwargs: Any,
 ) -> nn.Module:
     """The plain timm model that a backbone's weights belong to; a plain model is returned as it is.

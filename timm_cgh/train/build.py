@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from timm_cgh.data import ViewSpec, is_stream, read_labels
 from timm_cgh.errors import InputError, checking, reason
 from timm_cgh.models import create_backbone, plain_backbone
-from timm_cgh.models.backbone import check_model
+from timm_cgh.models.backbone import ImageSize, as_image_size, check_model
 from timm_cgh.models.checkpoints import load_weights
 from timm_cgh.optim import fill_momentum
 from timm_cgh.task import BASELINES, CGHTask, MomentumTask, create_task
@@ -34,7 +34,7 @@ class Backbone(NamedTuple):
 def build_backbone(
         model: str,
         in_chans: int = 3,
-        img_size: Optional[int] = None,
+        img_size: Optional[ImageSize] = None,
         pretrained: bool = False,
         initial_checkpoint: Optional[str] = None,
         features_only: bool = False,
@@ -48,7 +48,7 @@ def build_backbone(
     Args:
         model: timm model name
         in_chans: channels of the images
-        img_size: side of the images, px
+        img_size: side of the images, px, or (H, W)
         pretrained: start from timm's weights
         initial_checkpoint: start from these weights (see `load_weights`)
         features_only: build timm's `features_only` wrapper
@@ -73,7 +73,7 @@ def build_backbone(
     if grad_checkpointing:
         with checking('grad_checkpointing', None, AssertionError):
             getattr(backbone, 'model', backbone).set_grad_checkpointing(True)
-    options['img_size'] = img_size
+    options['img_size'] = as_image_size(img_size)
     if features_only:
         with checking('features_only', None, RuntimeError):
             plain_backbone(backbone, **options)  # what the run exports
@@ -123,11 +123,12 @@ def check_views(task: MomentumTask, views: Sequence[ViewSpec], in_chans: int) ->
     refusals = (AssertionError, RuntimeError, ValueError)
     task.eval()
     full = views[0].size
+    whole = torch.zeros(2, in_chans, *views[0].shape)
     with checking('img_size', full, *refusals):
-        task.student(torch.zeros(2, in_chans, full, full))
-    for size in {view.size for view in views} - {full}:
+        task.student(whole)
+    for size, shape in {view.size: view.shape for view in views if view.size != full}.items():
         try:
-            task.student(torch.zeros(2, in_chans, full, full), torch.zeros(2, in_chans, size, size))
+            task.student(whole, torch.zeros(2, in_chans, *shape))
         except refusals as error:
             raise InputError(
                 f'multi_crop={size}: the model does not take images of {full} and of {size} px ({reason(error)}); '

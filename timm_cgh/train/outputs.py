@@ -173,7 +173,7 @@ def export_run(
         backbone.module,
         os.path.join(folder, 'export'),
         **data_config,
-        crop_pct=eval_crop_pct(data_config['input_size'][-1]),
+        crop_pct=eval_crop_pct(min(data_config['input_size'][1:])),
         tag=f'{method}_{epochs_done(rows)}ep',
         model_kwargs=backbone.model_kwargs,
     )

@@ -2,7 +2,7 @@
 import argparse
 import logging
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch.nn as nn
 
@@ -125,7 +125,7 @@ def task_options(args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
-def choose_views(args: argparse.Namespace, img_size: int) -> List[ViewSpec]:
+def choose_views(args: argparse.Namespace, img_size: Union[int, Tuple[int, int]]) -> List[ViewSpec]:
     """The views of each image: the teacher's first, then the student's."""
     views = two_views(**{**arguments_of(two_views, args), 'img_size': img_size})
     if args.method != 'cgh':  # the other methods contrast two strongly augmented views

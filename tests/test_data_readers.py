@@ -118,5 +118,6 @@ def test_a_folder_of_tars_has_a_class_for_each(tmp_path):
     dataset = open_dataset('', str(tmp_path))
     assert class_to_idx(dataset) == {'n01': 0, 'n02': 1} and read_labels(dataset).tolist() == [0] * 3 + [1] * 3
     assert image_name(dataset, 4) == str(tmp_path / 'n02.tar' / 'n02_1.JPEG')
+    assert dataset.filename(4) == 'n02.tar/n02_1.JPEG'
     whole = np.asarray(Image.open(tmp_path / 'image'))
     assert np.array_equal(np.asarray(read_image(dataset, 2)[0]), whole)

@@ -83,7 +83,7 @@ def test_an_export_is_loaded_with_the_preparation_of_its_images(tmp_path):
     (dict(model='test_resnet', teacher=True), 'teacher', '`checkpoint`'),
     ({}, 'model', 'say which'),
     (dict(model='resnet18_s1'), 'model', 'timm has no weights for it; `checkpoint` FILE gives some'),
-    (dict(model='test_resnet', no_pretrained=True, in_chans=2), 'in_chans', '2: must be 3'),
+    (dict(model='test_resnet', no_pretrained=True, in_chans=0), 'in_chans', '0: must be 3'),
     (dict(model='test_resnet', no_pretrained=True, mean=[0.5, 0.5]), 'mean', '2 values'),
     (dict(model='test_vit', no_pretrained=True, img_size=7), 'img_size', '7'),
     (dict(model='test_resnet', no_pretrained=True, model_kwargs=dict(nonsense=1)), 'model', 'nonsense'),

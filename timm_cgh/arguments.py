@@ -249,6 +249,7 @@ def add_image_arguments(parser: Parser) -> None:
     group.add_argument('--dataset-trust-remote-code', action='store_true',
                        help='allow data sets of the Hub to run their own code; default: off')
     group.add_argument('--input-key', metavar='NAME', help='column of the images in a table; default: image')
+    add_decoding_arguments(group)
 
 
 def add_model_arguments(parser: Parser, results: bool = True) -> None:

@@ -1,15 +1,15 @@
 """All images of a source, with their names and without labels."""
 import os
 from collections import Counter
-from typing import Any, BinaryIO, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
-from timm_cgh.data import image_mode, open_dataset
+from timm_cgh.data import open_dataset
 from timm_cgh.data.names import file_names
-from timm_cgh.data.sources import source_prefix
+from timm_cgh.data.sources import create_decoding, source_prefix
 from timm_cgh.errors import InputError, checking
 
 __all__ = ['NamedImages', 'open_images']
@@ -76,6 +76,9 @@ def open_images(
         dataset_download: bool = False,
         dataset_trust_remote_code: bool = False,
         input_key: Optional[str] = None,
+        pixel_range: Optional[Sequence[float]] = None,
+        max_pixels: Optional[int] = None,
+        exif_orientation: bool = True,
 ) -> NamedImages:
     """Open all images of a source, whatever their labels.
 
@@ -103,7 +106,8 @@ def open_images(
         files = os.path.dirname(str(data_dir)), [os.path.basename(str(data_dir))]
     in_chans = data_config['input_size'][0]
     if files:
-        images: Dataset = ImageDataset(files[0], reader=_ListReader(*files), input_img_mode=image_mode(in_chans))
+        images: Any = ImageDataset(files[0], reader=_ListReader(*files))
+        images.decoding = create_decoding(in_chans, pixel_range, max_pixels, exif_orientation)
     else:
         images = open_dataset(
             dataset,
@@ -113,6 +117,9 @@ def open_images(
             dataset_download=dataset_download,
             dataset_trust_remote_code=dataset_trust_remote_code,
             input_key=input_key,
+            pixel_range=pixel_range,
+            max_pixels=max_pixels,
+            exif_orientation=exif_orientation,
             search_split=split is not None,
             split_parameter='split',
         )

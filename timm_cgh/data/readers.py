@@ -191,9 +191,8 @@ class _FileReader(Reader):
         file = self.samples[index]
         if basename:
             return os.path.basename(file.name)
-        if file.tar:
-            return os.path.join(file.tar, file.name) if absolute else file.name
-        return file.name if absolute else os.path.relpath(file.name, self.root)
+        path = os.path.join(file.tar, file.name)
+        return path if absolute else os.path.relpath(path, self.root)
 
 
 class FolderReader(_FileReader):

@@ -3,7 +3,7 @@ import contextlib
 import math
 import os
 import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.reader import Reader
@@ -17,7 +17,9 @@ from .decode import MAX_PIXELS, Decoding
 from .digits import Digits
 from .readers import FolderReader, ShardReader, TarReader, list_tars
 
-__all__ = ['data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset', 'source_prefix']
+__all__ = [
+    'create_decoding', 'data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset',
+    'source_prefix']
 
 _PACKAGES = {
     'torch': 'torchvision', 'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets'}
@@ -241,13 +243,22 @@ def _check_applicable(dataset: str, **given: Any) -> None:
             raise InputError(f"{parameter}={value}: does not apply to {dataset or 'a folder or a tar'}")
 
 
-def _check_range(pixel_range: Optional[Sequence[float]]) -> Optional[Tuple[float, float]]:
-    if pixel_range is None:
-        return None
-    low, high = pixel_range
+def create_decoding(
+        in_chans: int = 3,
+        pixel_range: Optional[Sequence[float]] = None,
+        max_pixels: Optional[int] = None,
+        exif_orientation: bool = True,
+) -> Decoding:
+    """The way to decode images; the parameters are explained at `open_dataset`.
+
+    Raises:
+        InputError: no channel, an empty range
+    """
+    low, high = pixel_range or (0, 1)
     if not -math.inf < low < high < math.inf:
         raise InputError(f'pixel_range={low:g} {high:g}: the first must be below the second')
-    return low, high
+    return Decoding(
+        image_mode(in_chans), (low, high) if pixel_range else None, max_pixels or MAX_PIXELS, exif_orientation)
 
 
 def open_dataset(
@@ -294,7 +305,7 @@ def open_dataset(
         InputError: the data set cannot be opened
     """
     dataset, data_dir, split = dataset or '', data_dir or '', split or 'train'
-    decoding = Decoding(image_mode(in_chans), _check_range(pixel_range), max_pixels or MAX_PIXELS, exif_orientation)
+    decoding = create_decoding(in_chans, pixel_range, max_pixels, exif_orientation)
     _check_applicable(
         dataset, class_map=class_map, input_key=input_key, target_key=target_key, num_samples=num_samples,
         in_chans=in_chans not in (1, 3) and in_chans)

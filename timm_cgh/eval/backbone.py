@@ -76,6 +76,8 @@ def load_backbone(
     if name != run.get('model'):  # the settings of another model do not apply
         run = {}
     options = {**(run.get('model_kwargs') or {}), **(model_kwargs or {})}
+    if in_chans is not None:
+        image_mode(in_chans)
     if in_chans or run.get('in_chans'):
         options['in_chans'] = in_chans or run['in_chans']
     img_size = img_size or run.get('img_size')
@@ -101,7 +103,6 @@ def load_backbone(
         std=std,
         interpolation=run.get('train_interpolation'),
     )
-    image_mode(data_config['input_size'][0])
     net.eval()
     digest = weights_digest(net)
     side = data_config['input_size'][-1]

@@ -1,4 +1,6 @@
 """Adds the root scripts and their configurations to the wheel, as `timm_cgh.scripts`; metadata: setup.cfg."""
+import re
+from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
@@ -6,6 +8,25 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 LEFT_OUT = ('setup', 'hubconf', 'benchmark', 'compare')  # they need the repository
+
+
+def long_description():
+    """README.md for PyPI: relative links become absolute where setup.cfg names the repository (`Source`), else text."""
+    config = ConfigParser()
+    config.read(ROOT / 'setup.cfg', encoding='utf-8')
+    urls = dict(line.split(' = ') for line in config['metadata']['project_urls'].split('\n') if line)
+    source = urls.get('Source')
+
+    def link(found):
+        image, text, target = found.groups()
+        if '://' in target:
+            return found[0]
+        if source is None:
+            return '' if image else text
+        return f"{image}[{text}]({source}/{'raw' if image else 'blob'}/main/{target})"
+
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    return re.sub(r'(!?)\[([^][]*)\]\(([^()\s]+)\)', link, readme)
 
 
 class BuildPy(build_py):
@@ -21,4 +42,8 @@ class BuildPy(build_py):
                 self.copy_file(str(path), str(copy))
 
 
-setup(cmdclass={'build_py': BuildPy})
+setup(
+    cmdclass={'build_py': BuildPy},
+    long_description=long_description(),
+    long_description_content_type='text/markdown',
+)

@@ -126,6 +126,7 @@ def write_files(args, backbone, data, heads, best, predictions, labels):
     else:
         folder = os.path.join(args.output, 'export')
         export_classifier(classifier, folder, backbone.data_config, 'linear', data.class_names)
+        _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def report(args, backbone, data, readable, heads, results, labels, seconds):

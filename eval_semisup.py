@@ -15,14 +15,8 @@ import time
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
-from timm.utils import NativeScaler, distribute_bn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import MultiStepLR
+from timm.scheduler import MultiStepLRScheduler
 from torch.utils.data import Subset
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, non_negative, positive)
@@ -33,16 +27,14 @@ from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.eval.checkpoint import Recorder, find_state
-from timm_cgh.eval.classifier import as_classifier, export_classifier, top_accuracy
+from timm_cgh.eval.classifier import export_classifier, top_accuracy
 from timm_cgh.eval.crops import CropLoader
 from timm_cgh.eval.datasets import open_labelled_datasets
-from timm_cgh.eval.linear import LinearHeads
+from timm_cgh.eval.fine_tuning import FineTuning, create_classifier
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
 from timm_cgh.eval.semisup import balanced_subset, listed_subset, param_groups
 from timm_cgh.eval.start import start_evaluation
-from timm_cgh.optim import fill_momentum, load_optimizer
 from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
-from timm_cgh.progress import Progress
 
 _logger = logging.getLogger('eval')
 
@@ -109,19 +101,13 @@ def resume_settings(args, process, backbone, data, chosen):
     )
 
 
-def create_classifier(args, backbone, data, extractor):
-    """The backbone with a new classifier, on the device."""
-    with checking('model', backbone.name, ValueError):
-        start = LinearHeads(backbone.model.head_hidden_size, data.num_classes, [args.lr_head], seed=args.seed)
-        classifier = as_classifier(backbone.model, start.weights[0], start.biases[0], backbone.data_config)
-    classifier = extractor.prepare(classifier.requires_grad_(True))
-    if extractor.process.distributed and extractor.process.device.type == 'cuda' and not args.no_sync_bn:
-        classifier = convert_sync_batchnorm(classifier)
-    return classifier
-
-
-def create_optimizer(args, classifier, process):
-    """SGD, its schedule, and the gradient scaler of float16."""
+def create_tuning(args, backbone, data, images, extractor):
+    """The classifier with its optimiser and schedule."""
+    process = extractor.process
+    # batch norm cannot train on a single image
+    loader = CropLoader(images, backbone.data_config, process, least=2, **arguments_of(CropLoader, args))
+    classifier = create_classifier(
+        backbone, data.num_classes, extractor, **arguments_of(create_classifier, args))
     scaling = args.batch_size * process.world_size / 256
     optimizer = torch.optim.SGD(
         param_groups(classifier, args.lr * scaling, args.lr_head * scaling),
@@ -129,52 +115,10 @@ def create_optimizer(args, classifier, process):
         weight_decay=args.weight_decay,
         fused=True,
     )
-    fill_momentum(optimizer)
-    scheduler = MultiStepLR(optimizer, args.decay_milestones, gamma=args.decay_rate)
-    scaler = NativeScaler(process.device.type) if args.amp_dtype is torch.float16 else None
-    return optimizer, scheduler, scaler
-
-
-def restore(state, classifier, optimizer, scheduler, scaler):
-    """Go on from a checkpoint."""
-    classifier.load_state_dict(state['classifier'])
-    load_optimizer(optimizer, state['optimizer'])
-    scheduler.load_state_dict(state['scheduler'])
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr()):
-        group['lr'] = rate  # MultiStepLR multiplies the rate that it finds
-    if scaler is not None and state['scaler'] is not None:
-        scaler.load_state_dict(state['scaler'])
-
-
-def train_one_epoch(args, epoch, loader, model, extractor, optimizer, scaler):
-    """Returns the mean loss."""
-    process, steps, total, seen = extractor.process, len(loader), 0.0, 0
-    model.train()
-    progress = Progress(
-        epoch, args.epochs, 0, steps, args.batch_size * process.world_size, silent=not process.primary)
-    for batch, (images, labels, count) in enumerate(loader.epoch(epoch)):
-        # the model's own randomness (dropout, stochastic depth) by step and process, also after a resume
-        torch.manual_seed(hash((args.seed, epoch * steps + batch, process.rank)))
-        with torch.autocast(process.device.type, dtype=args.amp_dtype, enabled=args.amp):
-            logits = model(images.to(memory_format=extractor.memory_format))
-        loss = F.cross_entropy(logits.float(), labels, reduction='sum')
-        # DDP averages over the processes: each gives its part of the mean over the whole batch
-        share = loss * (process.world_size / count)
-        if scaler is None:
-            share.backward()
-            optimizer.step()
-        else:
-            scaler(share, optimizer)
-        optimizer.zero_grad()
-        total, seen = total + loss.detach(), seen + count
-        progress.bar.update()
-        if (batch + 1) % args.log_interval == 0 or batch + 1 == steps:
-            mean = total.item() * process.world_size / seen
-            progress.report(batch + 1, mean, optimizer.param_groups[1]['lr'], None)
-    progress.bar.close()
-    if process.distributed:
-        dist.all_reduce(total)
-    return total.item() / seen
+    # timm decays one epoch before a milestone
+    scheduler = MultiStepLRScheduler(
+        optimizer, decay_t=[epoch + 1 for epoch in args.decay_milestones], decay_rate=args.decay_rate)
+    return FineTuning(classifier, loader, extractor, optimizer, scheduler, **arguments_of(FineTuning, args))
 
 
 def report(args, backbone, data, classifier, images, logits, labels, seconds):
@@ -185,6 +129,7 @@ def report(args, backbone, data, classifier, images, logits, labels, seconds):
         save_class_accuracy(labels, predictions, os.path.join(args.output, 'classes.png'), data.class_names)
         folder = os.path.join(args.output, 'export')
         export_classifier(classifier, folder, backbone.data_config, 'semisup', data.class_names)
+        _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
     write_results(dict(
         **describe_model(backbone, args.dataset, args.data_dir, args.val_split),
         protocol='semi-supervised',
@@ -214,17 +159,9 @@ def main(argv=None):
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     images = Subset(data.train, chosen.tolist())
     images = Subset(images, extractor.find_readable(images).tolist())
-    # batch norm cannot train on a single image
-    loader = CropLoader(images, backbone.data_config, process, least=2, **arguments_of(CropLoader, args))
-    # order matters: device and memory format, SyncBN, optimiser, DDP
-    classifier = create_classifier(args, backbone, data, extractor)
-    optimizer, scheduler, scaler = create_optimizer(args, classifier, process)
+    tuning = create_tuning(args, backbone, data, images, extractor)
     if state is not None:
-        restore(state, classifier, optimizer, scheduler, scaler)
-    model = classifier
-    if process.distributed:
-        device_ids = [process.device] if process.device.type == 'cuda' else None
-        model = DistributedDataParallel(classifier, device_ids=device_ids)
+        tuning.load_state_dict(state)
     recorder = Recorder(args.output if process.primary else None, settings, start_epoch)
     _logger.info(
         f'{backbone.name}: {len(images)} of {len(data.train)} images labelled, {data.num_classes} classes, '
@@ -232,31 +169,20 @@ def main(argv=None):
         f'{process.device}')
 
     began, outputs = time.monotonic(), None
-    logits_model = torch.nn.Sequential(classifier)  # its logits, as features
-    for epoch in range(start_epoch, args.epochs):
-        with logging_redirect_tqdm():
-            loss = train_one_epoch(args, epoch, loader, model, extractor, optimizer, scaler)
-        scheduler.step()
-        if not math.isfinite(loss):
-            _logger.error(f'The loss is not finite in epoch {epoch}: lower --lr-head, --lr may help')
+    for row, found in tuning.run(data.val, start_epoch):
+        if not math.isfinite(row['train_loss']):
+            _logger.error(f"The loss is not finite in epoch {row['epoch']}: lower --lr-head, --lr may help")
             end_process(process)
             return 1
-        if process.distributed:  # each process has its own batch statistics where they are not synchronised
-            distribute_bn(classifier, process.world_size, reduce=True)
-        row = {'epoch': epoch, 'train_loss': loss}
-        evaluate = epoch + 1 == args.epochs or (args.val_interval and (epoch + 1) % args.val_interval == 0)
-        if evaluate:
-            outputs = extractor(logits_model, data.val, warn_unreadable=outputs is None)
-            row['eval_top1'], row['eval_top5'] = top_accuracy(outputs.features, outputs.labels)
-            _logger.info(f"epoch {epoch}: loss {loss:.4f}, top-1 {row['eval_top1']:.2f} %")
-        recorder.add(
-            row, evaluate, classifier=classifier.state_dict(), optimizer=optimizer.state_dict(),
-            scheduler=scheduler.state_dict(), scaler=None if scaler is None else scaler.state_dict())
+        if found:
+            outputs = found
+            _logger.info(f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, top-1 {row['eval_top1']:.2f} %")
+        recorder.add(row, found is not None, **tuning.state_dict())
 
-    outputs = outputs or extractor(logits_model, data.val)  # None: a finished run, resumed
+    outputs = outputs or tuning.evaluate(data.val)  # None: a finished run, resumed
     if process.primary:
         report(
-            args, backbone, data, classifier, (len(images), len(chosen)), outputs.features, outputs.labels,
+            args, backbone, data, tuning.classifier, (len(images), len(chosen)), outputs.features, outputs.labels,
             time.monotonic() - began)
     end_process(process)
     return 0

@@ -14,6 +14,7 @@ _COMMANDS = {
     'linear': ('eval_linear', 'evaluate by linear classifiers on the frozen backbone'),
     'semisup': ('eval_semisup', 'fine-tune on few labels'),
     'detection': ('eval_detection', 'fine-tune a detector on the backbone'),
+    'finetune': ('finetune', 'fine-tune on labelled images into a classifier'),
     'embed': ('embed', 'write the embeddings of images'),
     'publish': ('publish', 'upload weights and a model card to the Hugging Face Hub'),
     'convert': ('convert', 'write weights in other formats (torchvision, ONNX, ...)'),

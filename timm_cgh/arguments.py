@@ -214,15 +214,21 @@ def add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
                        help='turn images as their EXIF tag says')
 
 
-def add_evaluation_arguments(parser: Parser) -> None:
-    """Add the options of an evaluation of classification: the groups Data, Model and Run."""
+def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
+    """Add the options of an evaluation of classification: the groups Data, Model and Run.
+
+    Args:
+        parser: of the evaluation's script
+        hold_out: whether training images may serve for validation
+    """
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR', help='folder of splits of class folders, or root of --dataset')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help="digits, or timm's torch/..., hfds/...; default: the folder")
     group.add_argument('--train-split', metavar='NAME', default='train')
-    group.add_argument('--val-split', metavar='NAME', default='validation',
-                       help='split to evaluate on; a folder may be called val or valid')
+    group.add_argument('--val-split', metavar='NAME', default=None if hold_out else 'validation',
+                       help='split to evaluate on; default: validation (a folder may be called val or valid)' + (
+                           ', else a fifth of the training images of each class' if hold_out else ''))
     group.add_argument('--dataset-download', action='store_true',
                        help='allow the download of torch/ and other data sets')
     group.add_argument('--dataset-trust-remote-code', action='store_true')

@@ -1,6 +1,5 @@
 """A backbone with a linear classifier as one timm model."""
 import copy
-import logging
 from typing import Any, List, Mapping, Optional, Tuple
 
 import torch
@@ -12,8 +11,6 @@ from timm_cgh.models.export import export_backbone
 from .loader import eval_crop_pct
 
 __all__ = ['as_classifier', 'classifier_layers', 'export_classifier', 'top_accuracy']
-
-_logger = logging.getLogger('eval')
 
 
 def classifier_layers(model: nn.Module) -> List[nn.Module]:
@@ -64,7 +61,7 @@ def export_classifier(
         tag: str,
         names: Optional[List[str]] = None,
 ) -> None:
-    """Write a timm model with a classifier in timm's hub format, and log how to load it.
+    """Write a timm model with a classifier in timm's hub format.
 
     Args:
         folder, tag: see `timm_cgh.models.export.export_backbone`
@@ -79,7 +76,6 @@ def export_classifier(
         tag=tag,
         label_names=names,
     )
-    _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def top_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float]:

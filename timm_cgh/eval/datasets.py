@@ -1,6 +1,7 @@
 """Labelled training and validation images of an evaluation."""
 import os
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
+from contextlib import suppress
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from torch.utils.data import Dataset, Subset
@@ -9,15 +10,17 @@ from timm_cgh.data import ImageSubset, class_to_idx, image_mode, is_stream, open
 from timm_cgh.data.sources import find_split_folder
 from timm_cgh.errors import InputError
 
-__all__ = ['LabelledDatasets', 'check_classes', 'class_names', 'open_labelled', 'open_labelled_datasets']
+__all__ = [
+    'LabelledDatasets', 'check_classes', 'class_names', 'hold_out', 'open_labelled', 'open_labelled_datasets']
 
 
 class LabelledDatasets(NamedTuple):
-    """Map-style data sets of (PIL image, label) items, without unlabelled images."""
+    """Map-style data sets of (PIL image, label) items, without unlabelled images; where those of `val` are from."""
     train: Dataset
     val: Dataset
     num_classes: int
     class_names: Optional[List[str]]
+    val_split: str
 
 
 def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
@@ -85,13 +88,41 @@ def check_classes(train: Dataset, val: Dataset) -> int:
     return int(classes[-1]) + 1
 
 
+def hold_out(labels: np.ndarray, seed: int = 42) -> np.ndarray:
+    """(n,) ascending indices of a fifth of the images of each class, at least one of each class of two."""
+    parts = []
+    for label in np.unique(labels):
+        members = np.random.default_rng((seed, 13, int(label))).permutation(np.flatnonzero(labels == label))
+        parts.append(members[:max(len(members) // 5, len(members) > 1)])
+    return np.sort(np.concatenate(parts))
+
+
+def _open_validation(
+        train: Dataset, val_split: Optional[str], seed: int, source: Dict[str, Any]) -> Tuple[Dataset, Dataset, str]:
+    """Training and validation images and the name of the latter: a split's, or held out from the training images."""
+    folder = not source['dataset'] and os.path.isdir(str(source['data_dir']))
+    if val_split or (folder and find_split_folder(source['data_dir'], 'validation')):
+        split = val_split or 'validation'
+        return train, open_labelled(split=split, split_parameter='val_split', **source), split
+    if source['dataset']:
+        with suppress(InputError):
+            return train, open_labelled(split='validation', split_parameter='val_split', **source), 'validation'
+    labels, mode = np.asarray(read_labels(train)), image_mode(source['in_chans'])
+    held_out = hold_out(labels, seed)
+    kept = np.setdiff1d(np.arange(len(labels)), held_out)
+    return (
+        ImageSubset(train, kept.tolist(), mode), ImageSubset(train, held_out.tolist(), mode),
+        'a fifth of the training images')
+
+
 def open_labelled_datasets(
         data_config: Mapping[str, Any],
         dataset: str = '',
         data_dir: Optional[str] = None,
         train_split: str = 'train',
-        val_split: str = 'validation',
+        val_split: Optional[str] = 'validation',
         *,
+        seed: int = 42,
         dataset_download: bool = False,
         dataset_trust_remote_code: bool = False,
         class_map: str = '',
@@ -105,7 +136,9 @@ def open_labelled_datasets(
 
     Args:
         data_config: of the backbone; its `input_size` says whether it takes colour or grey images
-        train_split, val_split: names of the splits
+        train_split, val_split: names of the splits; `val_split` None for `validation`, or where there is none a fifth
+            of the training images, which is held out
+        seed: of the choice of that fifth
         others: see `timm_cgh.data.open_dataset`
 
     Raises:
@@ -113,21 +146,20 @@ def open_labelled_datasets(
     """
     if train_split == val_split:
         raise InputError(f'val_split={val_split}: is the training split, where each image would find itself')
-    train, val = (
-        open_labelled(
-            dataset,
-            data_dir,
-            split,
-            in_chans=data_config['input_size'][0],
-            split_parameter=parameter,
-            dataset_download=dataset_download,
-            dataset_trust_remote_code=dataset_trust_remote_code,
-            class_map=class_map,
-            input_key=input_key,
-            target_key=target_key,
-            pixel_range=pixel_range,
-            max_pixels=max_pixels,
-            exif_orientation=exif_orientation,
-        ) for split, parameter in ((train_split, 'train_split'), (val_split, 'val_split')))
+    source = dict(
+        dataset=dataset,
+        data_dir=data_dir,
+        in_chans=data_config['input_size'][0],
+        dataset_download=dataset_download,
+        dataset_trust_remote_code=dataset_trust_remote_code,
+        class_map=class_map,
+        input_key=input_key,
+        target_key=target_key,
+        pixel_range=pixel_range,
+        max_pixels=max_pixels,
+        exif_orientation=exif_orientation,
+    )
+    train = open_labelled(split=train_split, **source)
+    train, val, val_split = _open_validation(train, val_split, seed, source)
     num_classes = check_classes(train, val)
-    return LabelledDatasets(train, val, num_classes, class_names(train, num_classes))
+    return LabelledDatasets(train, val, num_classes, class_names(train, num_classes), val_split)

@@ -137,7 +137,8 @@ QUICK = {
     'eval_linear': ['--device', 'cpu', '--workers', '0', '--epochs', '1', '--batch-size', '8'],
     'eval_semisup': ['--device', 'cpu', '--workers', '0', '--epochs', '1', '--batch-size', '8', '--percent', '50'],
     'eval_detection': ['--device', 'cpu', '--workers', '0', '--iterations', '2', '--batch-size', '2'],
-    'embed': ['--device', 'cpu', '--workers', '0'],
+    'embed': ['--device', 'cpu', '--workers', '0', '--overwrite'],
+    'finetune': ['--device', 'cpu', '--workers', '0', '--epochs', '1', '--batch-size', '8'],
 }
 
 
@@ -169,7 +170,7 @@ def folder(tmp_path_factory):
 
 def quicken(name, args):
     """Arguments of a run of seconds; in a folder of its own where the guide's name is taken."""
-    args = [*args, *QUICK.get(name, ())]
+    args = [*args, *QUICK.get(name, ()), *(['--batch-size', '64'] if 'digits' in args and name == 'train' else ())]
     if name == 'train' and '--resume' not in args:
         run = args[args.index('--experiment') + 1] if '--experiment' in args else ''
         if not run or Path('output/train', run).exists():

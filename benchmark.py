@@ -11,7 +11,6 @@
 
 Things that are compared are timed in turn in one process; the figure to quote is the median of the ratios.
 """
-import argparse
 import importlib.util
 import json
 import os
@@ -41,42 +40,46 @@ COMMANDS = {
     'knn': benchmarks.benchmark_knn,
 }
 
-parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = Parser(__doc__)
 commands = parser.add_subparsers(dest='command', required=True)
 for command, function in COMMANDS.items():
     sub = commands.add_parser(command, description=function.__doc__)
-    sub.add_argument('--turns', type=at_least_one, default=7)
-    sub.add_argument('--json', metavar='FILE')
+    sub.add_argument('--turns', type=at_least_one, default=7, help='times that everything is measured in turn')
+    sub.add_argument('--json', metavar='FILE', help='file for all figures; default: none')
     if command == 'knn':
         continue
     on_images = command in ('data', 'e2e')
-    sub.add_argument('--batch-size', type=at_least_one, default=50 if command == 'data' else 64)
+    sub.add_argument('--batch-size', type=at_least_one, default=50 if command == 'data' else 64,
+                     help='images in a batch')
     if command != 'loss':
-        sub.add_argument('--img-size', type=at_least_one, default=224 if on_images else 64)
+        sub.add_argument('--img-size', type=at_least_one, default=224 if on_images else 64, help='side of the images')
     if on_images:
-        sub.add_argument('--data-dir', metavar='DIR', help='as in train.py')
-        sub.add_argument('--dataset', metavar='NAME', default='', help='as in train.py')
-        sub.add_argument('--split', metavar='NAME', default='train')
+        sub.add_argument('--data-dir', metavar='DIR', help='folder or tar of images, as in train.py; default: none')
+        sub.add_argument('--dataset', metavar='NAME', default='',
+                         help='data set by name, as in train.py; default: the folder')
+        sub.add_argument('--split', metavar='NAME', default='train', help='split of the data set, as in train.py')
     if command == 'data':
-        sub.add_argument('--images', type=at_least_one, default=1000, help='per turn, at most')
+        sub.add_argument('--images', type=at_least_one, default=1000, help='images per turn, at most')
         continue
-    sub.add_argument('--bank-size', type=at_least_one, default=131072 if command == 'loss' else 16384)
-    sub.add_argument('--repeats', type=at_least_one, default=5, help='steps per turn')
-    sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    sub.add_argument('--bank-size', type=at_least_one, default=131072 if command == 'loss' else 16384,
+                     help='embeddings in a memory bank')
+    sub.add_argument('--repeats', type=at_least_one, default=5, help='steps of a turn')
+    sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda, cuda:1, ...')
     if command == 'loss':
-        sub.add_argument('--embed-dim', type=at_least_one, default=512)
+        sub.add_argument('--embed-dim', type=at_least_one, default=512, help='width of the embeddings')
         continue
-    sub.add_argument('--model', default='resnet18')
+    sub.add_argument('--model', default='resnet18', help='timm model of the backbone')
     if command != 'variants':
-        sub.add_argument('--context', choices=CONTEXTS, default='cross')
-    sub.add_argument('--amp', action='store_true', help='bfloat16')
-    sub.add_argument('--channels-last', action='store_true')
-    sub.add_argument('--torchcompile', action='store_true')
+        sub.add_argument('--context', choices=CONTEXTS, default='cross', help='context of the loss, as in train.py')
+    sub.add_argument('--amp', action='store_true', help='mixed precision in bfloat16')
+    sub.add_argument('--channels-last', action='store_true', help='memory format of convolutions')
+    sub.add_argument('--torchcompile', action='store_true', help='compile the step with torch.compile')
     if command == 'step':
         sub.add_argument('--parts', action='store_true', help='time of the parts beyond the floor')
         sub.add_argument('--lightly', action='store_true', help="compare with lightly's MoCo")
     if command == 'e2e':
-        sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1))
+        sub.add_argument('--workers', type=natural, default=min(4, os.cpu_count() or 1),
+                         help='processes that read images')
 
 
 def check(args):

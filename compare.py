@@ -53,16 +53,13 @@ METHODS = {
     'dino': Method('DINO, two views', ('--method', 'dino')),
 }
 
-parser = Parser(
-    description='Compare self-supervised methods',
-    epilog='All other options are those of train.py.',
-    allow_abbrev=False,  # --seed and --method are train.py's
-)
+parser = Parser(__doc__, allow_abbrev=False)  # --seed and --method are train.py's
 parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='NAME',
-                    help=f"default: all of {' '.join(METHODS)}")
+                    help='methods to compare')
 parser.add_argument('--seeds', nargs='+', type=random_seed, default=[42], metavar='N',
                     help='one run per method for each')
-parser.add_argument('--output', default=os.path.join('output', 'compare'), metavar='DIR')
+parser.add_argument('--output', default=os.path.join('output', 'compare'), metavar='DIR',
+                    help='folder of the comparison')
 
 
 def to_options(args, *names):

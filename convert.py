@@ -10,10 +10,10 @@ import sys
 from timm_cgh.arguments import Parser
 from timm_cgh.hub.convert import FORMATS, convert
 
-parser = Parser(description='Write a trained backbone in the format of another library')
+parser = Parser(__doc__)
 parser.add_argument('source', metavar='SOURCE',
                     help="a run's folder, export folder or checkpoint file, or hf-hub:OWNER/NAME[@REVISION]")
-parser.add_argument('--to', choices=FORMATS, required=True, help='format')
+parser.add_argument('--to', choices=FORMATS, required=True, help='format to write')
 parser.add_argument('-o', '--output', metavar='FILE', required=True, help='.safetensors, .pth or .onnx file to write')
 
 

@@ -41,54 +41,69 @@ SPLITS = dict(  # by data set: those of the paper, where it has it
     digits=('train', 'validation'))
 PREFIXES = dict(bbox='', segm='mask_')  # of the names of results
 
-parser = Parser(description='Transfer of a backbone to detection and instance segmentation')
+parser = Parser(__doc__)
 add_model_arguments(parser)
 parser.set_defaults(batch_size=16)
 group = parser.add_argument_group('Annotated images')
 group.add_argument('--dataset', choices=tuple(SPLITS), default='digits',
                    help='VOCdevkit; COCO or any json of its form; a folder of images/ and masks/; scenes of digits')
-group.add_argument('--data-dir', metavar='DIR', help='folder of the data set')
+group.add_argument('--data-dir', metavar='DIR', help='folder of the data set; default: none, for digits')
 group.add_argument('--dataset-download', action='store_true', help='let torchvision fetch VOC')
 group.add_argument('--train-split', metavar='NAME',
-                   help='VOC: YEAR_SET, joined by +; COCO: NAME of annotations/instances_NAME.json, or a json file')
-group.add_argument('--val-split', metavar='NAME', help='likewise; default: those of the paper, train and validation')
-group.add_argument('--val-images', metavar='N', type=at_least_one, help='of --dataset masks, held out; default 3 of 10')
+                   help='VOC: YEAR_SET, joined by +; COCO: NAME of annotations/instances_NAME.json, or a json file; '
+                        "default: the paper's")
+group.add_argument('--val-split', metavar='NAME', help="the same for the test images; default: the paper's")
+group.add_argument('--val-images', metavar='N', type=at_least_one,
+                   help='images of --dataset masks that are held out; default: 3 of 10')
 group = parser.add_argument_group("Detector (defaults: MoCo-v2's protocol, as in Sec. 4.4)")
-group.add_argument('--head', choices=('c4', 'fpn'), default='c4', help='fpn: for every backbone')
+group.add_argument('--head', choices=('c4', 'fpn'), default='c4',
+                   help='detection head: c4 for ResNets, fpn for every backbone')
 group.add_argument('--masks', action='store_true', help='instance segmentation as well (Mask R-CNN)')
 group.add_argument('--anchor-sizes', type=positive, nargs='+', metavar='PX',
                    help='c4: at each location, default 32 to 512; fpn: one per map, default 8 times its stride')
-group.add_argument('--channels', type=at_least_one, default=256, metavar='N', help='of the pyramid and the mask head')
+group.add_argument('--channels', type=at_least_one, default=256, metavar='N',
+                   help='channels of the pyramid and the mask head')
 group.add_argument('--rois', type=at_least_one, default=512, metavar='N', help='per training image')
 group.add_argument('--train-proposals', type=at_least_one, nargs=2, metavar=('PRE', 'POST'),
                    help='before and after NMS; default 12000 2000 (c4), 2000 1000 (fpn)')
 group.add_argument('--test-proposals', type=at_least_one, nargs=2, metavar=('PRE', 'POST'),
-                   help='default 6000 1000 (c4), 1000 1000 (fpn)')
+                   help='the same in a test; default: 6000 1000 (c4), 1000 1000 (fpn)')
 group = parser.add_argument_group('Fine-tuning')
-group.add_argument('--iterations', type=at_least_one, default=24000, metavar='N')
-group.add_argument('--lr', type=positive, default=0.02, metavar='X', help='for 16 images a step (scaled linearly)')
+group.add_argument('--iterations', type=at_least_one, default=24000, metavar='N', help='steps to train')
+group.add_argument('--lr', type=positive, default=0.02, metavar='X',
+                   help='learning rate for 16 images a step (scaled linearly)')
 group.add_argument('--decay-milestones', type=at_least_one, nargs='+', metavar='N',
                    help='iterations; default at 18 and 22 24ths of the run')
-group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X')
-group.add_argument('--warmup-iterations', type=natural, default=100, metavar='N')
-group.add_argument('--warmup-factor', type=positive, default=0.001, metavar='X', help='of the first learning rate')
-group.add_argument('--momentum', type=fraction, default=0.9, metavar='M')
-group.add_argument('--weight-decay', type=non_negative, default=1e-4, metavar='X', help='of all but norm layers')
+group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X',
+                   help='factor of the learning rate at each milestone')
+group.add_argument('--warmup-iterations', type=natural, default=100, metavar='N',
+                   help='steps in which the learning rate rises')
+group.add_argument('--warmup-factor', type=positive, default=0.001, metavar='X',
+                   help='share of the learning rate that the warm-up starts from')
+group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of SGD')
+group.add_argument('--weight-decay', type=non_negative, default=1e-4, metavar='X',
+                   help='weight decay of all but norm layers')
 group.add_argument('--min-size', type=at_least_one, nargs='+', default=list(range(480, 801, 32)), metavar='PX',
                    help='short sides of training images, one is drawn for each')
 group.add_argument('--test-size', type=at_least_one, default=800, metavar='PX', help='short side of test images')
-group.add_argument('--max-size', type=at_least_one, default=1333, metavar='PX', help='limit of long sides')
-group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
+group.add_argument('--max-size', type=at_least_one, default=1333, metavar='PX', help='limit of the long side of images')
+group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
 group.add_argument('--bn', choices=('sync', 'local'), help='batch statistics: default sync on GPUs')
-group.add_argument('--bn-iterations', type=natural, default=200, metavar='N', help='to recompute them before a test')
-group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='iterations')
-group.add_argument('--resume', metavar='FILE', help="'auto': the checkpoint in --output, where there is one")
+group.add_argument('--bn-iterations', type=natural, default=200, metavar='N',
+                   help='batches from which batch statistics are computed before a test')
+group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N',
+                   help='iterations between two reports of the loss')
+group.add_argument('--resume', metavar='FILE',
+                   help="checkpoint to continue from; 'auto': that in --output, where there is one; default: none")
 group = parser.add_argument_group('Evaluation')
-group.add_argument('--metric', choices=('coco', 'voc07'), help='default voc07 for VOC (Tab. 4), else coco')
-group.add_argument('--val-interval', type=natural, default=0, metavar='N', help='iterations; 0: at the end only')
-group.add_argument('--eval-only', metavar='FILE', help='evaluate a detector.safetensors')
+group.add_argument('--metric', choices=('coco', 'voc07'),
+                   help='metric of the results; default: voc07 for VOC (Tab. 4), else coco')
+group.add_argument('--val-interval', type=natural, default=0, metavar='N',
+                   help='iterations between tests; 0: at the end only')
+group.add_argument('--eval-only', metavar='FILE',
+                   help='evaluate this detector.safetensors without training; default: train')
 group.add_argument('--baseline', metavar='FILE',
-                   help="detections.json of another run: AP50's gain over it, with a bootstrap interval")
+                   help="detections.json of another run: AP50's gain over it, with a bootstrap interval; default: none")
 group.add_argument('--pictures', type=natural, default=8, metavar='N', help='images in the picture of --output')
 
 

@@ -35,15 +35,16 @@ from timm_cgh.plots.evaluation import save_class_accuracy, save_retrieval_grid
 _logger = logging.getLogger('eval')
 DEFAULT_KS = (10, 20, 100, 200)  # the best is reported
 
-parser = Parser(description='kNN classification with the features of a backbone')
+parser = Parser(__doc__)
 add_evaluation_arguments(parser)
 group = parser.add_argument_group('kNN')
 group.add_argument('--k', nargs='+', type=at_least_one, metavar='K',
                    help=f"neighbours; default: {', '.join(map(str, DEFAULT_KS))}, up to the number of training images")
-group.add_argument('--temperature', type=positive, default=0.07, metavar='T', help='of the vote')
+group.add_argument('--temperature', type=positive, default=0.07, metavar='T', help='temperature of the vote')
 group.add_argument('--pixels', action='store_true',
                    help="raw pixels (at most 32 x 32, of --model's size) instead of features, as a baseline")
-group.add_argument('--save-features', metavar='DIR', help='write the feature matrices there (safetensors)')
+group.add_argument('--save-features', metavar='DIR',
+                   help='folder to write the feature matrices to (safetensors); default: none')
 group.add_argument('--queries', type=natural, default=8, metavar='N', help='rows of the retrieval plot in --output')
 
 

@@ -38,12 +38,13 @@ from timm_cgh.progress import Progress
 
 _logger = logging.getLogger('eval')
 
-parser = Parser(description='Linear classification on a frozen backbone')
+parser = Parser(__doc__)
 add_evaluation_arguments(parser)
 group = parser.add_argument_group('Linear classification')
 group.add_argument('--lr', nargs='+', type=positive, default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], metavar='X',
-                   help='one head each, per 256 images (scaled linearly); the paper: 3.0 on small data, 0.3 on IN-1K')
-group.add_argument('--epochs', type=at_least_one, default=100, metavar='N')
+                   help='learning rates, one head each, per 256 images (scaled linearly); the paper: 3.0 on small '
+                        'data, 0.3 on IN-1K')
+group.add_argument('--epochs', type=at_least_one, default=100, metavar='N', help='epochs to train')
 group.add_argument('--cache-features', action='store_true',
                    help='extract the features once, from centre crops without augmentation, and train on those')
 add_training_arguments(group)

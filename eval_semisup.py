@@ -38,20 +38,24 @@ from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
 
 _logger = logging.getLogger('eval')
 
-parser = Parser(description='Semi-supervised fine-tuning of a backbone')
+parser = Parser(__doc__)
 add_evaluation_arguments(parser)
 group = parser.add_argument_group('Semi-supervised fine-tuning (defaults: paper Sec. 4.3)')
 group.add_argument('--percent', type=positive, metavar='P',
-                   help='of the training images, equally many of each class; with --label-list: for the rates')
-group.add_argument('--label-list', metavar='FILE', help='names of the labelled images, one per line')
+                   help='percent of the training images that are labelled, equally many of each class; default: by '
+                        '--label-list')
+group.add_argument('--label-list', metavar='FILE',
+                   help='file of names of the labelled images, one per line; default: by --percent')
 group.add_argument('--lr-head', type=positive, metavar='X',
-                   help='of the classifier, per 256 images (scaled linearly); default 0.5 up to 1 percent, else 0.2')
+                   help='learning rate of the classifier, per 256 images (scaled linearly); default: 0.5 up to 1 '
+                        'percent, else 0.2')
 group.add_argument('--lr', type=non_negative, metavar='X',
-                   help='of the backbone; default 1e-4 up to 1 percent, else 2e-4')
-group.add_argument('--epochs', type=at_least_one, default=50, metavar='N')
+                   help='learning rate of the backbone; default: 1e-4 up to 1 percent, else 2e-4')
+group.add_argument('--epochs', type=at_least_one, default=50, metavar='N', help='epochs to train')
 group.add_argument('--decay-milestones', type=at_least_one, nargs='+', metavar='N',
-                   help='epochs; default at 60 and 80 percent of the run, the 30 and 40 of 50')
-group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X')
+                   help='epochs at which the rates fall; default: at 60 and 80 percent of the run, the 30 and 40 of 50')
+group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X',
+                   help='factor of the learning rates at each milestone')
 group.add_argument('--no-sync-bn', action='store_true', help='batch statistics of each GPU by itself')
 add_training_arguments(group)
 

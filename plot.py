@@ -60,19 +60,20 @@ def write(out, save, *content):
     return 0
 
 
-parser = Parser(description='Plots of runs of train.py')
+parser = Parser(__doc__)
 plots = parser.add_subparsers(metavar='PLOT', required=True)
 
 runs_parser = plots.add_parser('runs', help='training curves of several runs', description=plot_runs.__doc__)
 runs_parser.add_argument('runs', metavar='RUN', nargs='+', help='folder with a summary.csv')
-runs_parser.add_argument('--names', metavar='NAME', nargs='+', help='of the runs; default: those of their folders')
-runs_parser.add_argument('--title', default='', help='heading')
+runs_parser.add_argument('--names', metavar='NAME', nargs='+',
+                         help='names of the runs; default: those of their folders')
+runs_parser.add_argument('--title', default='', help='heading of the plot; default: none')
 runs_parser.add_argument('--out', metavar='FILE', default='curves.png', help='PNG file to write')
 runs_parser.set_defaults(parser=runs_parser, plot=plot_runs)
 
 relations_parser = plots.add_parser('relations', help='Fig. 2 of the paper', description=plot_relations.__doc__)
 relations_parser.add_argument('cgh', metavar='RUN_CGH', help='folder of a run of train.py --track-relations')
-relations_parser.add_argument('ressl', metavar='RUN_RESSL', help='the same with --context global')
+relations_parser.add_argument('ressl', metavar='RUN_RESSL', help='folder of such a run with --context global')
 relations_parser.add_argument('--out', metavar='FILE', default='fig2.png', help='PNG file to write')
 relations_parser.set_defaults(parser=relations_parser, plot=plot_relations)
 

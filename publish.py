@@ -19,7 +19,7 @@ from timm_cgh.train.resume import find_checkpoint
 _logger = logging.getLogger('hub')
 
 # no option takes a token: the Hub's client has it from HF_TOKEN or `hf auth login`
-parser = Parser(description='Publish a backbone on the Hugging Face Hub')
+parser = Parser(__doc__)
 parser.add_argument('export', metavar='RUN/export', help='export folder, in the folder of its run')
 parser.add_argument('--repo-id', metavar='OWNER/NAME', required=True, help='repository on the Hub')
 parser.add_argument('--private', action='store_true', help='create a private repository')
@@ -27,13 +27,14 @@ parser.add_argument('--revision', metavar='BRANCH', help='branch on the Hub; def
 parser.add_argument('--dry-run', action='store_true', help='write the folder, upload nothing')
 parser.add_argument('--output', metavar='DIR', help='folder to write; default RUN/hub')
 parser.add_argument('--results', nargs='+', default=[], metavar='FILE',
-                    help='JSON files that eval_knn.py, eval_linear.py, eval_semisup.py wrote (--results-file)')
+                    help='JSON files that the evaluation scripts wrote (--results-file); default: none')
 parser.add_argument('--include-task', action='store_true',
                     help='upload the training state too (teacher, heads, banks, optimiser), for train.py --resume')
 parser.add_argument('--float16', action='store_true', help='store half precision: half the size')
 parser.add_argument('--dataset', metavar='NAME', help='training images, for the card; default: from args.yaml')
-parser.add_argument('--license', metavar='ID', default='apache-2.0', help="of the weights, the Hub's identifier")
-parser.add_argument('--code', metavar='OWNER/REPO', help='GitHub repository of this code, for the card')
+parser.add_argument('--license', metavar='ID', default='apache-2.0',
+                    help="license of the weights, the Hub's identifier")
+parser.add_argument('--code', metavar='OWNER/REPO', help='GitHub repository of this code, for the card; default: none')
 
 
 def main(argv=None):

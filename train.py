@@ -48,123 +48,177 @@ from timm_cgh.train.stop import StopRequest
 _logger = logging.getLogger('train')
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'digits.yaml')
 
-parser = Parser(description='CGH pre-training of a timm backbone')
+parser = Parser(__doc__)
 parser.default_config = DEFAULT_CONFIG
-parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of these options; the command line overrides it')
+parser.add_argument('-c', '--config', metavar='FILE',
+                    help='YAML file of these options, which the command line overrides; default: none')
 
 group = parser.add_argument_group('Data')
-group.add_argument('--data-dir', metavar='DIR', help='folder of images (class folders or none), tar, root of --dataset')
+group.add_argument('--data-dir', metavar='DIR',
+                   help='folder of images (class folders or none), tar, root of --dataset; default: the digits of '
+                        'scikit-learn')
 group.add_argument('--dataset', metavar='NAME', default='',
                    help="digits, or timm's torch/..., hfds/..., hfids/..., wds/..., tfds/...; default: folder or tar")
 group.add_argument('--knn-dir', metavar='DIR',
-                   help='labelled images for the kNN evaluation: class folders, in folders train and val or not')
-group.add_argument('--train-split', metavar='NAME', default='train')
-group.add_argument('--val-split', metavar='NAME', help='labelled, for kNN; default: found, or a fifth of the images')
+                   help='labelled images for the kNN evaluation: class folders, in folders train and val or not; '
+                        'default: labelled training images')
+group.add_argument('--train-split', metavar='NAME', default='train',
+                   help='split, or subfolder of --data-dir, to train on')
+group.add_argument('--val-split', metavar='NAME',
+                   help='labelled split for kNN; default: found, or a fifth of the images')
 group.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ and other data sets')
-group.add_argument('--dataset-trust-remote-code', action='store_true')
-group.add_argument('--class-map', metavar='FILE', default='')
-group.add_argument('--input-key', metavar='NAME')
-group.add_argument('--target-key', metavar='NAME')
-group.add_argument('--num-samples', metavar='N', type=at_least_one, help='images per epoch of a stream')
+group.add_argument('--dataset-trust-remote-code', action='store_true',
+                   help='allow data sets of the Hub to run their own code')
+group.add_argument('--class-map', metavar='FILE', default='',
+                   help="timm's file of class names and their numbers; default: names in order")
+group.add_argument('--input-key', metavar='NAME',
+                   help="column of the images in a table; default: timm's for the data set")
+group.add_argument('--target-key', metavar='NAME',
+                   help="column of the labels in a table; default: timm's for the data set")
+group.add_argument('--num-samples', metavar='N', type=at_least_one,
+                   help="images per epoch of a stream; default: the stream's own number")
 add_decoding_arguments(group)
-group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
+group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1),
+                   help='processes that read images, for each process of the job')
 group.add_argument('--no-pin-mem', action='store_true', help='do not pin host memory (CUDA only)')
 
 group = parser.add_argument_group('Model')
 group.add_argument('--model', metavar='NAME', default='resnet50', help='any timm model')
 group.add_argument('--pretrained', action='store_true', help="start from timm's weights")
-group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights (safetensors or torch file)')
+group.add_argument('--initial-checkpoint', metavar='FILE',
+                   help='file, run, export or hf-hub:OWNER/NAME of weights to start from; default: none')
 group.add_argument('--features-only', action='store_true', help="timm's features_only wrapper: ends with the last map")
-group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                   help='further arguments of timm.create_model; default: none')
 group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
                    help="training size, or height and width; default: the model's")
 group.add_argument('--in-chans', metavar='N', type=int, default=3,
                    help='3 (colour), 1 (grey), or number of bands of TIFF and NumPy files')
-group.add_argument('--mean', nargs='+', type=fraction, metavar='X', help="of pixels in [0, 1]; default: the model's")
-group.add_argument('--std', nargs='+', type=deviation, metavar='X')
-group.add_argument('--drop-path', type=fraction, metavar='RATE', help='stochastic depth of the student')
-group.add_argument('--grad-checkpointing', action='store_true')
+group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
+                   help="mean of pixels in [0, 1]; default: the model's")
+group.add_argument('--std', nargs='+', type=deviation, metavar='X',
+                   help="standard deviation of pixels in [0, 1]; default: the model's")
+group.add_argument('--drop-path', type=fraction, metavar='RATE',
+                   help="rate of the student's stochastic depth; default: the model's")
+group.add_argument('--grad-checkpointing', action='store_true',
+                   help='compute activations again in the backward pass: less memory, more time')
 
 group = parser.add_argument_group("Method (defaults: paper Sec. 4.1 and the authors' code)")
 group.add_argument('--method', choices=('cgh', 'moco', *BASELINES), default='cgh',
                    help='moco: MoCo-v2, InfoNCE alone; the others for comparison, by the lightly library')
 group.add_argument('--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-                   help='of the lightly methods: prototypes, temperature')
-group.add_argument('--context', choices=CONTEXTS, default='cross', help='cross: CGH; same; global: ReSSL (Tab. 5)')
-group.add_argument('--out-indices', nargs='+', type=int, metavar='I', help='hypercolumn stages; default the last two')
+                   help='arguments of the lightly methods (prototypes, temperature); default: none')
+group.add_argument('--context', choices=CONTEXTS, default='cross',
+                   help='cross: CGH; same: each context teaches itself; global: ReSSL (Tab. 5)')
+group.add_argument('--out-indices', nargs='+', type=int, metavar='I',
+                   help='stages of the hypercolumn; default: the last two')
 group.add_argument('--hidden-dim', type=at_least_one, default=4096, metavar='N', help='hidden width of the projectors')
 group.add_argument('--embed-dim', type=at_least_one, default=512, metavar='N', help='width of the embeddings')
 group.add_argument('--predictor', action='store_true', help='predictors on the student (CGH-pred)')
 group.add_argument('--hyper-norm', choices=('batch', 'group', 'none'), default='batch', help='norm of the hypercolumn')
 group.add_argument('--bank-size', type=at_least_one, metavar='N',
-                   help='default: the power of two at or below an eighth of the images, at most 131072')
-group.add_argument('--momentum-teacher', type=fraction, default=0.999, metavar='M', help='Eq. 7')
-group.add_argument('--temp-student', type=positive, default=0.1, metavar='T', help='tau_s')
-group.add_argument('--temp-teacher', type=positive, default=0.04, metavar='T', help='tau_t')
-group.add_argument('--temp-hyper', type=positive, default=0.08, metavar='T', help='tau_h, both sides (Tab. 6)')
-group.add_argument('--temp-hyper-teacher', type=positive, metavar='T', help="the teacher's tau_h where it differs")
-group.add_argument('--relation-weight', type=non_negative, metavar='W', help='of each term; default 0.5, global: 1')
+                   help='embeddings in each memory bank; default: the power of two at or below an eighth of the '
+                        'images, at most 131072')
+group.add_argument('--momentum-teacher', type=fraction, default=0.999, metavar='M',
+                   help='momentum m of the teacher (Eq. 7)')
+group.add_argument('--temp-student', type=positive, default=0.1, metavar='T',
+                   help="tau_s, temperature of the student's relations")
+group.add_argument('--temp-teacher', type=positive, default=0.04, metavar='T',
+                   help="tau_t, temperature of the teacher's relations")
+group.add_argument('--temp-hyper', type=positive, default=0.08, metavar='T',
+                   help='tau_h, temperature of hypercolumn relations on both sides (Tab. 6)')
+group.add_argument('--temp-hyper-teacher', type=positive, metavar='T',
+                   help="the teacher's tau_h; default: --temp-hyper")
+group.add_argument('--relation-weight', type=non_negative, metavar='W',
+                   help='weight of each term of the loss; default: 0.5, with --context global 1')
 group.add_argument('--contrast-warmup-epochs', type=non_negative, metavar='N',
-                   help='InfoNCE hands over to the relation loss; default 5 (at most a quarter of the run), global: 0')
-group.add_argument('--contrast-temp', type=positive, default=0.2, metavar='T', help='of InfoNCE')
+                   help='epochs in which InfoNCE hands over to the relation loss; default: 5, at most a quarter of '
+                        'the run, with --context global 0')
+group.add_argument('--contrast-temp', type=positive, default=0.2, metavar='T',
+                   help='temperature of InfoNCE in the warm-up')
 group.add_argument('--shuffle-bn', action='store_true', help="shuffle the teacher's batch across processes")
 group.add_argument('--bn-splits', type=at_least_one, default=1, metavar='N',
                    help="in one process: batch statistics over N parts of the batch, the teacher's in another order")
 group.add_argument('--sync-bn', action='store_true', help='batch statistics over all processes (GPU)')
 
 group = parser.add_argument_group('Views')
-group.add_argument('--scale', nargs=2, type=positive, default=[0.2, 1.0], metavar=('MIN', 'MAX'), help='crop area')
+group.add_argument('--scale', nargs=2, type=positive, default=[0.2, 1.0], metavar=('MIN', 'MAX'),
+                   help="range of a crop's share of the image area")
 group.add_argument('--multi-crop', nargs='*', type=at_least_one, metavar='PX',
-                   help="sizes of the student's crops, the full one first; without sizes the paper's five (Tab. 2)")
+                   help="sizes of the student's crops, the full one first; without sizes the paper's five (Tab. 2); "
+                        "default: one crop")
 group.add_argument('--multi-crop-scale', nargs='+', type=positive, metavar='MIN MAX',
-                   help='crop area of each; default --scale in proportion to the size')
-group.add_argument('--ratio', nargs=2, type=positive, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'))
-group.add_argument('--weak-scale', nargs=2, type=positive, metavar=('MIN', 'MAX'), help='of the teacher')
-group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
-group.add_argument('--color-jitter', nargs=4, type=non_negative, default=[0.4, 0.4, 0.4, 0.1],
-                   metavar=('B', 'C', 'S', 'H'), help='brightness, contrast, saturation, hue')
-group.add_argument('--color-jitter-prob', type=fraction, default=0.8, metavar='P')
-group.add_argument('--grayscale-prob', type=fraction, default=0.2, metavar='P')
-group.add_argument('--gaussian-blur-prob', type=fraction, default=0.5, metavar='P')
-group.add_argument('--gaussian-blur-sigma', nargs=2, type=positive, default=[0.1, 2.0],
-                   metavar=('MIN', 'MAX'), help='px')
-group.add_argument('--train-interpolation', choices=('bilinear', 'bicubic'), default='bilinear')
+                   help='range of the share of the area of each crop; default: --scale in proportion to the size')
+group.add_argument('--ratio', nargs=2, type=positive, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'),
+                   help="range of a crop's aspect ratio")
+group.add_argument('--weak-scale', nargs=2, type=positive, metavar=('MIN', 'MAX'),
+                   help="range of the teacher's crop; default: --scale")
+group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
+group.add_argument('--color-jitter', nargs=4, type=non_negative, default=[0.4, 0.4, 0.4, 0.1], metavar=('B', 'C', 'S',
+                   'H'),
+                   help='strengths of the jitter of brightness, contrast, saturation and hue')
+group.add_argument('--color-jitter-prob', type=fraction, default=0.8, metavar='P',
+                   help='probability of the colour jitter')
+group.add_argument('--grayscale-prob', type=fraction, default=0.2, metavar='P', help='probability of a grey view')
+group.add_argument('--gaussian-blur-prob', type=fraction, default=0.5, metavar='P',
+                   help='probability of a blurred view')
+group.add_argument('--gaussian-blur-sigma', nargs=2, type=positive, default=[0.1, 2.0], metavar=('MIN', 'MAX'),
+                   help='range of the standard deviation of the blur, px')
+group.add_argument('--train-interpolation', choices=('bilinear', 'bicubic'), default='bilinear',
+                   help='interpolation where crops are resized')
 
 group = parser.add_argument_group('Optimisation')
-group.add_argument('--epochs', type=at_least_one, default=200, metavar='N', help='warm-up included')
-group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N', help='per process')
-group.add_argument('--grad-accum-steps', type=at_least_one, default=1, metavar='N')
-group.add_argument('--opt', default='momentum', metavar='NAME', help="timm optimiser; 'sgd' there is Nesterov")
-group.add_argument('--opt-eps', type=positive, metavar='X')
-group.add_argument('--opt-betas', type=float, nargs='+', metavar='X')
-group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues,
-                   metavar='KEY=VALUE')
-group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help="the optimiser's")
-group.add_argument('--weight-decay', type=non_negative, default=1e-4, metavar='X')
+group.add_argument('--epochs', type=at_least_one, default=200, metavar='N', help='epochs to train, warm-up included')
+group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N',
+                   help='images in a batch of one process')
+group.add_argument('--grad-accum-steps', type=at_least_one, default=1, metavar='N',
+                   help='batches whose gradients make one step')
+group.add_argument('--opt', default='momentum', metavar='NAME', help="optimiser of timm, where 'sgd' is Nesterov's")
+group.add_argument('--opt-eps', type=positive, metavar='X', help="epsilon of the optimiser; default: the optimiser's")
+group.add_argument('--opt-betas', type=float, nargs='+', metavar='X',
+                   help="betas of the optimiser; default: the optimiser's")
+group.add_argument('--opt-kwargs', dest='opt_args', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                   help='further arguments of the optimiser; default: none')
+group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of the optimiser')
+group.add_argument('--weight-decay', type=non_negative, default=1e-4, metavar='X', help='weight decay of the optimiser')
 group.add_argument('--no-decay-norm-bias', action='store_true', help='no weight decay on norms and biases')
-group.add_argument('--lr', type=non_negative, metavar='X', help='overrides --lr-base')
+group.add_argument('--lr', type=non_negative, metavar='X', help='learning rate; default: from --lr-base')
 group.add_argument('--lr-base', type=non_negative, default=0.05, metavar='X',
-                   help='lr = lr-base x global batch / lr-base-size')
-group.add_argument('--lr-base-size', type=at_least_one, default=256, metavar='N')
-group.add_argument('--lr-base-scale', choices=('linear', 'sqrt'), default='linear')
-group.add_argument('--sched', default='cosine',
-                   choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'constant', 'none'))
-group.add_argument('--warmup-epochs', type=non_negative, metavar='N', help='default 5, at most a quarter of the run')
-group.add_argument('--warmup-lr', type=non_negative, default=0.0, metavar='X')
-group.add_argument('--min-lr', type=non_negative, default=0.0, metavar='X')
+                   help='learning rate for --lr-base-size images a step, scaled to the global batch')
+group.add_argument('--lr-base-size', type=at_least_one, default=256, metavar='N',
+                   help='images a step that --lr-base is meant for')
+group.add_argument('--lr-base-scale', choices=('linear', 'sqrt'), default='linear',
+                   help='how the learning rate grows with the global batch')
+group.add_argument('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd',
+                   'constant', 'none'),
+                   help='schedule of the learning rate')
+group.add_argument('--warmup-epochs', type=non_negative, metavar='N',
+                   help='epochs in which the learning rate rises; default: 5, at most a quarter of the run')
+group.add_argument('--warmup-lr', type=non_negative, default=0.0, metavar='X',
+                   help='learning rate that the warm-up starts from')
+group.add_argument('--min-lr', type=non_negative, default=0.0, metavar='X',
+                   help='learning rate that the schedule ends with')
 group.add_argument('--decay-epochs', type=positive, metavar='N',
-                   help='between steps (default 90); of the decay of wsd (default the last fifth)')
+                   help='epochs between steps (default: 90); of the decay of wsd (default: the last fifth)')
 group.add_argument('--decay-milestones', type=at_least_one, nargs='+', default=[90, 180, 270], metavar='N',
-                   help='epochs, counted from the beginning of the run')
-group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X')
-group.add_argument('--clip-grad', type=positive, metavar='NORM')
-group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='norm')
+                   help='epochs of the steps of multistep, counted from the beginning of the run')
+group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X',
+                   help='factor of the learning rate at each step')
+group.add_argument('--clip-grad', type=positive, metavar='NORM',
+                   help='limit of the gradients, see --clip-mode; default: none')
+group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='norm',
+                   help='what --clip-grad limits: the norm, each value, or the norm relative to the weight')
 
 group = parser.add_argument_group('Run')
-group.add_argument('--output', default=os.path.join('output', 'train'), metavar='DIR')
-group.add_argument('--experiment', default='', metavar='NAME', help='folder of the run; default: time, model and size')
-group.add_argument('--resume', metavar='FILE|auto', help="auto: --experiment's newest, or afresh; or hf-hub:OWNER/NAME")
-group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N', help='kept beside last and best')
+group.add_argument('--output', default=os.path.join('output', 'train'), metavar='DIR',
+                   help='folder for the folders of runs')
+group.add_argument('--experiment', default='', metavar='NAME',
+                   help='name of the folder of the run; default: time, model and size')
+group.add_argument('--resume', metavar='FILE|auto',
+                   help="checkpoint to continue from; auto: --experiment's newest, or afresh; or hf-hub:OWNER/NAME; "
+                        "default: none")
+group.add_argument('--checkpoint-hist', type=at_least_one, default=1, metavar='N',
+                   help='best checkpoints kept beside the last one')
 group.add_argument('--checkpoint-interval', type=natural, default=0, metavar='N',
                    help='epochs between checkpoints that are kept for good (milestone-N.pth.tar), 0 for none')
 group.add_argument('--recovery-interval', type=natural, default=0, metavar='N',
@@ -175,20 +229,24 @@ group.add_argument('--quality-images', type=natural, default=1024, metavar='N',
                    help='training images for RankMe, alignment and uniformity, which need no labels; 0 for none')
 group.add_argument('--knn-img-size', type=at_least_one, metavar='PX',
                    help='side of the images in the kNN evaluation; default: the training size')
-group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N', help='at most, on either side of kNN')
+group.add_argument('--knn-images', type=at_least_one, default=10000, metavar='N',
+                   help='images, at most, on either side of the kNN evaluation')
 group.add_argument('--track-relations', type=Selection.normalize, nargs='?', const='10/K', metavar='THRESHOLD',
                    help="recall and precision of the teacher's positives (Fig. 2), for one batch per --log-interval: "
                         'where its probability is at least 10/K (default), or the top20; wants labelled images')
-group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
-group.add_argument('--log-wandb', action='store_true')
-group.add_argument('--wandb-project', metavar='NAME', default='timm-cgh')
-group.add_argument('--log-tensorboard', action='store_true')
-group.add_argument('--seed', type=random_seed, default=42, metavar='N')
-group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-group.add_argument('--amp', action='store_true', help='mixed precision')
-group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
-group.add_argument('--channels-last', action='store_true')
-group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
+group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N',
+                   help='batches between two reports of the loss')
+group.add_argument('--log-wandb', action='store_true', help='report to Weights & Biases')
+group.add_argument('--wandb-project', metavar='NAME', default='timm-cgh', help='project of --log-wandb')
+group.add_argument('--log-tensorboard', action='store_true', help='write a log for TensorBoard')
+group.add_argument('--seed', type=random_seed, default=42, metavar='N', help='seed of everything random')
+group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda, cuda:1, ...')
+group.add_argument('--amp', action='store_true', help='mixed precision, by torch.autocast')
+group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+                   help='type of the numbers under --amp')
+group.add_argument('--channels-last', action='store_true', help='memory format of convolutions, often faster on GPUs')
+group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+                   help='compile the step with torch.compile, by BACKEND or inductor; default: off')
 
 
 def train_one_epoch(args, run, epoch):

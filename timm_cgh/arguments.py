@@ -69,12 +69,34 @@ class KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows what is required, and the defaults that the phrase itself does not state; flags are off by default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ''
+        if action.required and action.option_strings:
+            return f'{text} (required)'
+        if 'default' in text or action.nargs == 0 or action.default in (None, '', argparse.SUPPRESS):
+            return text
+        several = isinstance(action.default, (list, tuple))
+        return f"{text} (default: {' '.join(map(str, action.default)) if several else action.default})"
+
+
 class Parser(argparse.ArgumentParser):
     """`ArgumentParser` whose errors are one line and whose options may come from a YAML file (`--config`).
 
     Values of the file pass through the same types and choices as those of the command line, which override them. Keys
     are the options' names with underscores, as in the `args.yaml` that a run writes.
+
+    Args:
+        doc: docstring of a script: a paragraph of description, then examples
+        **kwargs: see `argparse.ArgumentParser`
     """
+
+    def __init__(self, doc: Optional[str] = None, **kwargs: Any):
+        if doc:
+            kwargs['description'], _, kwargs['epilog'] = doc.strip().partition('\n\n')
+        super().__init__(formatter_class=_Help, **kwargs)
 
     default_config: Optional[str] = None  # file of the options where no data are named
 
@@ -222,19 +244,25 @@ def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
         hold_out: whether training images may serve for validation
     """
     group = parser.add_argument_group('Data')
-    group.add_argument('--data-dir', metavar='DIR', help='folder of splits of class folders, or root of --dataset')
+    group.add_argument('--data-dir', metavar='DIR',
+                       help='folder of splits of class folders, or root of --dataset; default: none')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help="digits, or timm's torch/..., hfds/...; default: the folder")
-    group.add_argument('--train-split', metavar='NAME', default='train')
+    group.add_argument('--train-split', metavar='NAME', default='train',
+                       help='split, or subfolder of --data-dir, to train on')
     group.add_argument('--val-split', metavar='NAME', default=None if hold_out else 'validation',
                        help='split to evaluate on; default: validation (a folder may be called val or valid)' + (
                            ', else a fifth of the training images of each class' if hold_out else ''))
     group.add_argument('--dataset-download', action='store_true',
                        help='allow the download of torch/ and other data sets')
-    group.add_argument('--dataset-trust-remote-code', action='store_true')
-    group.add_argument('--class-map', metavar='FILE', default='')
-    group.add_argument('--input-key', metavar='NAME')
-    group.add_argument('--target-key', metavar='NAME')
+    group.add_argument('--dataset-trust-remote-code', action='store_true',
+                       help='allow data sets of the Hub to run their own code')
+    group.add_argument('--class-map', metavar='FILE', default='',
+                       help="timm's file of class names and their numbers; default: names in order")
+    group.add_argument('--input-key', metavar='NAME',
+                       help="column of the images in a table; default: timm's for the data set")
+    group.add_argument('--target-key', metavar='NAME',
+                       help="column of the labels in a table; default: timm's for the data set")
     add_decoding_arguments(group)
     add_model_arguments(parser)
 
@@ -243,7 +271,8 @@ def add_image_arguments(parser: Parser) -> None:
     """Add the group Data of a job on images whose labels do not matter."""
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='PATH',
-                       help='folder of images, uncompressed tar of them or single image; or root of --dataset')
+                       help='folder of images, uncompressed tar of them or single image, or root of --dataset; '
+                            'default: none')
     group.add_argument('--image-list', metavar='FILE',
                        help='only the files named in FILE, one path per line, relative to --data-dir; default: all')
     group.add_argument('--dataset', metavar='NAME', default='',
@@ -266,42 +295,54 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
         results: add --output (a folder) and --results-file
     """
     parser.add_argument('-c', '--config', metavar='FILE',
-                        help='YAML file of these options; the command line overrides it')
+                        help='YAML file of these options, which the command line overrides; default: none')
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME',
                        help="timm model, local-dir:RUN/export, hf-hub:OWNER/NAME; default: that of --checkpoint's run")
     group.add_argument('--checkpoint', metavar='FILE',
-                       help='weights (safetensors or torch file; ours, MoCo, DINO, ...)')
+                       help='weights (safetensors or torch file; ours, MoCo, DINO, ...); default: those of --model')
     group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")
     group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help='further arguments of timm.create_model; default: none')
     group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
                        help="side, or height and width; default: the model's")
     group.add_argument('--in-chans', metavar='N', type=int,
                        help="3 (colour), 1 (grey) or number of bands; default: the model's")
     group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
-                       help="of pixels in [0, 1]; default: the model's")
-    group.add_argument('--std', nargs='+', type=deviation, metavar='X')
+                       help="mean of pixels in [0, 1]; default: the model's")
+    group.add_argument('--std', nargs='+', type=deviation, metavar='X',
+                       help="standard deviation of pixels in [0, 1]; default: the model's")
     group = parser.add_argument_group('Run')
-    group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1))
-    group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N', help='per process')
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
-    group.add_argument('--channels-last', action='store_true')
-    group.add_argument('--seed', type=random_seed, default=42, metavar='N')
+    group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1),
+                       help='processes that read images, for each process of the job')
+    group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N',
+                       help='images in a batch of one process')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                       help='cpu, cuda, cuda:1, ...')
+    group.add_argument('--amp', action='store_true', help='mixed precision, by torch.autocast')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+                       help='type of the numbers under --amp')
+    group.add_argument('--channels-last', action='store_true',
+                       help='memory format of convolutions, often faster on GPUs')
+    group.add_argument('--seed', type=random_seed, default=42, metavar='N', help='seed of everything random')
     if not results:
         return
     group.add_argument('--output', metavar='DIR', help='folder for plots and other files; default: none are written')
-    group.add_argument('--results-file', metavar='FILE', help='.json or .csv; the results are printed in any case')
+    group.add_argument('--results-file', metavar='FILE',
+                       help='.json or .csv file for the results, which are printed in any case; default: none')
 
 
 def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the options of the evaluations that train on augmented images."""
-    group.add_argument('--momentum', type=fraction, default=0.9, metavar='M')
-    group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X')
-    group.add_argument('--scale', nargs=2, type=positive, default=[0.08, 1.0], metavar=('MIN', 'MAX'), help='crop area')
-    group.add_argument('--hflip', type=fraction, default=0.5, metavar='P')
-    group.add_argument('--val-interval', type=natural, default=10, metavar='N', help='epochs; 0: at the end only')
-    group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N', help='batches')
-    group.add_argument('--resume', metavar='FILE', help="'auto': the checkpoint in --output, where there is one")
+    group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of SGD')
+    group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X', help='weight decay of SGD')
+    group.add_argument('--scale', nargs=2, type=positive, default=[0.08, 1.0], metavar=('MIN', 'MAX'),
+                       help="range of a crop's share of the image area")
+    group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')
+    group.add_argument('--val-interval', type=natural, default=10, metavar='N',
+                       help='epochs between evaluations; 0: at the end only')
+    group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N',
+                       help='batches between two reports of the loss')
+    group.add_argument('--resume', metavar='FILE',
+                       help="checkpoint to continue from; 'auto': that in --output, where there is one; default: none")

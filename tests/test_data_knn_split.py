@@ -20,7 +20,7 @@ def test_labelled_split_is_found(tmp_path):
     write_classes(tmp_path / 'train', 4)
     write_classes(tmp_path / 'val', 2, first=50)
     (reference, query), text = open_sets(tmp_path)
-    assert (len(reference), len(query)) == (8, 4) and 'val' in text
+    assert (len(reference), len(query)) == (8, 4) and text.endswith('of train; 2 classes: cat, dog')
     assert not pixels(reference) & pixels(query)
 
 
@@ -90,6 +90,14 @@ def test_a_named_split_that_cannot_be_compared_is_refused(tmp_path, val, at_faul
     write_classes(tmp_path / 'birds', 3, classes=('emu', 'owl'))
     with refused(at_fault, val, why):
         open_sets(tmp_path, val)
+
+
+def test_a_named_split_for_images_without_labels_is_refused(tmp_path):
+    write_images(tmp_path / 'train', 4)
+    write_classes(tmp_path / 'val', 2)
+    assert open_sets(tmp_path)[0] is None
+    with refused('val_split=val', 'fewer than two classes'):
+        open_sets(tmp_path, 'val')
 
 
 def test_parquet_slice_is_compared_with_the_test_split(shared_data, tmp_path):

@@ -160,6 +160,8 @@ def open_knn_datasets(
     classes, counts = np.unique([] if labels is None else labels[labels >= 0], return_counts=True)
     if labels is None or (counts > 1).sum() < 2:
         why = 'have fewer than two classes' if len(classes) < 2 else 'hardly share a class'
+        if val_split:
+            raise InputError(f'val_split={val_split}: is of no use, the training images {why}')
         return None, f'none: the training images {why}'
     if not dataset:  # a class must have the same number in both folders
         source['class_map'] = class_to_idx(train)
@@ -170,10 +172,13 @@ def open_knn_datasets(
         fifth = max(1, len(order) // 5)
         references, found = order[fifth:], ('', train, order[:fifth])
     split, queries, known = found
+    names = [name for name, number in class_to_idx(train).items() if number in classes]
+    more = ', ...' if len(names) > 5 else ''
+    named = f"; {len(names)} classes: {', '.join(names[:5])}{more}" if names else ''
     mode = image_mode(source.get('in_chans', 3))
     sets = _choose(train, references, max_images, seed, mode), _choose(queries, known, max_images, seed, mode)
     if split:
-        return sets, f'{len(sets[1])} images of {split} against {len(sets[0])} of {train_split}'
+        return sets, f'{len(sets[1])} images of {split} against {len(sets[0])} of {train_split}{named}'
     return sets, (
         f'{len(sets[1])} of the training images against {len(sets[0])} others, as there is no labelled split '
-        f'(all of them are trained on, without labels)')
+        f'(all of them are trained on, without labels){named}')

@@ -163,7 +163,9 @@ class _FileReader(Reader):
             (file._replace(target=self.class_to_idx.get(name, -1))
              for name, (_, file) in zip(names, found) if name or not class_map),
             key=lambda file: (natural_key(file.name), file.tar))
-        ignored['of other classes'] += len(found) - len(self.samples)
+        other = [folders for name, (folders, _) in zip(names, found) if class_map and not name]
+        ignored['of other classes'] += len(other)
+        self.other_classes = sorted({folders[-1] for folders in other if folders}, key=natural_key)
         self.targets = [file.target for file in self.samples]
         self._report(+ignored)
 
@@ -173,7 +175,8 @@ class _FileReader(Reader):
             heif = ' (pip install pillow-heif reads .heic)' if '.heic' in ignored else ''
             _logger.info(f'{self.root}: {len(self)} images; ignored: {kinds}{heif}')
         if not self.samples:
-            raise RuntimeError(f'Found 0 images in {self.root}')
+            of_them = ' of the classes given' if ignored['of other classes'] else ''
+            raise RuntimeError(f'Found 0 images{of_them} in {self.root}')
 
     def __len__(self) -> int:
         return len(self.samples)

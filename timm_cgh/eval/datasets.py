@@ -23,11 +23,15 @@ class LabelledDatasets(NamedTuple):
     val_split: str
 
 
-def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
-    """Names of the classes in the order of their labels, where the data set knows them all."""
-    numbers = class_to_idx(dataset)
+def _whole(dataset: Dataset) -> Dataset:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
+    return dataset
+
+
+def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
+    """Names of the classes in the order of their labels, where the data set knows them all."""
+    numbers, dataset = class_to_idx(dataset), _whole(dataset)
     names = sorted(numbers, key=numbers.__getitem__) or getattr(getattr(dataset, 'reader', dataset), 'classes', None)
     return [str(name) for name in names] if names and len(names) == num_classes else None
 
@@ -66,8 +70,12 @@ def open_labelled(
     return ImageSubset(images, np.flatnonzero(labels >= 0).tolist(), image_mode(in_chans))
 
 
-def check_classes(train: Dataset, val: Dataset) -> int:
+def check_classes(train: Dataset, val: Dataset, ignore_others: bool = False) -> int:
     """Check that all validation images are of classes of the training images, and count those classes.
+
+    Args:
+        train, val: labelled images
+        ignore_others: allow that `val` was opened without the images of other classes
 
     Raises:
         InputError: fewer than two classes, validation images of other classes, or class numbers that differ
@@ -79,6 +87,8 @@ def check_classes(train: Dataset, val: Dataset) -> int:
     train_names, val_names = class_to_idx(train), class_to_idx(val)
     unknown = sorted(str(name) for name in set(val_names) - set(train_names)) if train_names else []
     unknown = unknown or [str(label) for label in np.setdiff1d(val_labels, classes)]
+    if not ignore_others:
+        unknown = unknown or getattr(getattr(_whole(val), 'reader', None), 'other_classes', [])
     if unknown:
         raise InputError(
             f"val_split: {len(unknown)} classes without training images ({', '.join(unknown[:5])})")
@@ -146,7 +156,7 @@ def open_labelled_datasets(
     """
     if train_split == val_split:
         raise InputError(f'val_split={val_split}: is the training split, where each image would find itself')
-    source = dict(
+    source: Dict[str, Any] = dict(
         dataset=dataset,
         data_dir=data_dir,
         in_chans=data_config['input_size'][0],
@@ -160,6 +170,8 @@ def open_labelled_datasets(
         exif_orientation=exif_orientation,
     )
     train = open_labelled(split=train_split, **source)
+    if not dataset and not class_map:  # a class may lack validation images, and must have its number all the same
+        source['class_map'] = class_to_idx(train)
     train, val, val_split = _open_validation(train, val_split, seed, source)
-    num_classes = check_classes(train, val)
+    num_classes = check_classes(train, val, ignore_others=bool(class_map))
     return LabelledDatasets(train, val, num_classes, class_names(train, num_classes), val_split)

@@ -28,7 +28,7 @@ from timm_cgh.arguments import (
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.distributed import end_process, init_process
-from timm_cgh.errors import InputError, checking
+from timm_cgh.errors import InputError, checking, redact
 from timm_cgh.eval.features import FeatureExtractor
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import as_image_size, resolve_data_config
@@ -373,7 +373,7 @@ def prepare_optimization(args, task, steps, process):
 
 def pretrain(args):
     """The whole job; returns the `Run`."""
-    given = dict(vars(args))
+    given = redact(vars(args))
     with contextlib.ExitStack() as stack:
         open_log = stack.enter_context(log_to_file())
         stop = stack.enter_context(StopRequest())

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_files import write_shards
 from script_runner import call_script
 from timm_cgh.data import two_views
 from timm_cgh.data.views import cut_views
@@ -59,3 +60,14 @@ def test_crops_for_views_with_two_sides_have_their_shape(size, width, height):
     assert views[0].shape == (3, *size)
     whole = np.asarray(image.resize(size[::-1], Image.BILINEAR))  # nothing is cut away, nothing stretched
     assert abs(views[0].permute(1, 2, 0).numpy().astype(int) - whole).max() <= 2
+
+
+def test_a_login_in_data_dir_stays_out_of_the_files_and_the_log_of_a_run(tmp_path):
+    """The shards come from a command; a broken image is named."""
+    split = write_shards(tmp_path / 'shards', 8, broken=(3,))
+    command = f"pipe:true https://me:SECRET@host; cat {tmp_path / 'shards'}"
+    text = check_ok(train(*TINY, '--dataset', 'wds/', '--data-dir', command, '--train-split', split, '--epochs', 1,
+                          '--output', tmp_path, '--experiment', 'run', '--knn-interval', 0))
+    assert 'SECRET' not in text and 'image00003' in text
+    for path in (tmp_path / 'run').rglob('*'):
+        assert path.is_dir() or b'SECRET' not in path.read_bytes(), path.name

@@ -1,12 +1,27 @@
 """Errors that a user can put right."""
 import errno
 import os
+import re
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional, Type
 
-__all__ = ['DEBUG', 'InputError', 'checking', 'full_disk', 'reason']
+__all__ = ['DEBUG', 'InputError', 'checking', 'full_disk', 'reason', 'redact']
 
 DEBUG = os.environ.get('TIMM_CGH_DEBUG', '') not in ('', '0')
+
+
+def redact(value: Any) -> Any:
+    """A text, or the values of a dictionary, without what may hold a login.
+
+    That is the part before the host in an address, its query, and a command behind `pipe:` but for its first word.
+    """
+    if isinstance(value, dict):
+        return {key: redact(item) for key, item in value.items()}
+    if not isinstance(value, str) or ('://' not in value and 'pipe:' not in value):
+        return value
+    value = re.sub(r'(pipe:\s*\S*)\s(.*\.tar|.*)', r'\1 ***', value, flags=re.DOTALL)
+    value = re.sub(r'://[^/@\s]+@', '://***@', value)
+    return re.sub(r'(://[^\s?]+\?)\S+', r'\1***', value)
 
 
 class InputError(ValueError):
@@ -19,7 +34,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         # torch raises an exception of a data worker again with the worker's traceback before its message
-        super().__init__(message.rpartition('errors.InputError: ')[2].strip())
+        super().__init__(redact(message.rpartition('errors.InputError: ')[2].strip()))
 
 
 def reason(error: BaseException, limit: int = 300) -> str:

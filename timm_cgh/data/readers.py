@@ -12,7 +12,7 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
 from timm.utils.misc import natural_key
 
-from timm_cgh.errors import reason
+from timm_cgh.errors import reason, redact
 
 from .decode import Decoding, decode_image, open_image
 
@@ -238,6 +238,14 @@ _PIXEL = b'P5 1 1 255\n\0'  # timm decodes an image with each label
 _INPUT_KEYS = 'jpg;jpeg;jpe;jfif;png;webp;bmp;tif;tiff;gif;jp2;ppm;pgm;avif'  # timm's default misses .jpeg files
 
 
+def _redact_record(record: logging.LogRecord) -> bool:
+    record.msg = redact(str(record.msg))
+    return True
+
+
+logging.getLogger(ReaderWds.__module__).addFilter(_redact_record)  # it logs addresses
+
+
 class ShardReader(ReaderWds):
     """timm's reader of webdataset shards, where samples may lack a label (`.cls`); their target is -1.
 
@@ -272,7 +280,7 @@ class ShardReader(ReaderWds):
                 raise  # not the image is at fault but the settings
             except Exception as error:
                 name = f"{sample['__url__']}/{sample['__key__']}"
-                self.unreadable.append(f'{name} ({reason(error, 100)})')
+                self.unreadable.append(redact(f'{name} ({reason(error, 100)})'))
                 return None
 
         self.ds.pipeline[-2] = wds.map(decode_or_note)

@@ -4,7 +4,7 @@ import json
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from timm_cgh.data import data_name
-from timm_cgh.errors import checking
+from timm_cgh.errors import checking, redact
 from timm_cgh.files import atomic_write
 
 from .backbone import Backbone
@@ -20,7 +20,7 @@ def describe_model(backbone: Backbone, dataset: str, data_dir: Optional[str], va
         weights=backbone.weights,
         digest=backbone.digest,
         dataset=data_name(dataset, data_dir),
-        val_split=val_split,
+        val_split=redact(val_split),
     )
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 import timm_cgh
 from timm_cgh.data import ViewLoader, ViewsToDevice, image_mode
 from timm_cgh.data.decode import read_image, read_or_substitute
+from timm_cgh.errors import redact
 from timm_cgh.eval.features import extract_features
 from timm_cgh.eval.loader import create_eval_loader, eval_crop_pct
 from timm_cgh.files import atomic_write, epochs_done
@@ -70,7 +71,7 @@ def write_settings(
     """
     versions = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'Pillow', 'numpy')}
     resolved = dict(
-        options=dict(settled),
+        options=redact(dict(settled)),
         **facts,
         versions=dict(python=platform.python_version(), timm_cgh=timm_cgh.__version__, **versions),
         commit=_commit(),

@@ -16,6 +16,7 @@ from data_files import encode, picture, write_classes, write_images, write_parqu
 from input_errors import refused
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
 from timm_cgh.data.decode import Decoding, decode_image, read_image, read_or_substitute
+from timm_cgh.errors import InputError, redact
 
 
 class Opened(Dataset):
@@ -126,6 +127,32 @@ def test_parquet_folder_opens_as_hfds(shared_data, tmp_path):
         open_dataset(f"hfds/{shared_data / 'cifar10'}", str(tmp_path), 'nonsense')
 
 
+@pytest.mark.parametrize('key', [None, 'fine'])
+def test_an_image_column_of_another_name_is_asked_for(tmp_path, key):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features({'img': datasets.Image(), 'fine': datasets.Value('int64')})
+    files = [{'path': name, 'bytes': data} for name, data in PICTURES.items()]
+    table = datasets.Dataset.from_dict({'img': files, 'fine': [0] * len(files)}, features=features)
+    (tmp_path / 'set').mkdir()
+    table.to_parquet(str(tmp_path / 'set' / 'train-00000-of-00001.parquet'))
+    with refused(f"input_key={key or 'image'}", 'img, fine', 'img holds images'):
+        open_dataset(f"hfds/{tmp_path / 'set'}", str(tmp_path / 'cache'), input_key=key)
+    assert len(open_dataset(f"hfds/{tmp_path / 'set'}", str(tmp_path / 'cache'), input_key='img')) == len(files)
+
+
+def test_logins_are_left_out_of_messages():
+    command = "pipe:curl -H 'Authorization: Bearer SECRET' https://u:SECRET@host/a-{0..1}.tar"
+    with refused('train_split=pipe:curl ***|9', 'the reason') as caught:
+        raise InputError(f'train_split={command}|9: the reason')
+    for text, kept in (
+            (str(caught.value), 'curl'),
+            (redact('https://me:SECRET@host/x.tar?token=SECRET&a=1 failed'), 'host/x.tar?*** failed'),
+            (redact(dict(a=dict(b='s3://SECRET@bucket/x')))['a']['b'], 's3://***@bucket/x'),
+    ):
+        assert 'SECRET' not in text and kept in text
+    assert redact(dict(a=[1], b=None)) == dict(a=[1], b=None) and redact('/a@b/c?d') == '/a@b/c?d'
+
+
 def test_hfds_without_labels_opens_unlabelled(tmp_path):
     source = f"hfds/{write_parquet(tmp_path / 'set', PICTURES)}", str(tmp_path / 'cache')
     assert read_image(open_dataset(*source), 1, 'RGB')[1] == -1
@@ -153,7 +180,7 @@ def test_hfds_without_labels_opens_unlabelled(tmp_path):
     ('wds/', 'missing', 'train', ('data_dir', 'missing')),
     ('wds/', 'images', 'shard-{000000..000001}.tar|24', ('data_dir', 'shard-000000.tar')),
     ('wds/', 'shards', 'shard-{000000..000001}.tar', ('num_samples',)),
-    ('wds/', 'shards', 'half', ('train_split=half',)),
+    ('wds/', 'shards', 'half', ('train_split=half', '.tar|13000', 'shard-000000.tar')),
 ])
 def test_a_source_that_cannot_be_opened_is_refused_in_one_line(tmp_path, monkeypatch, name, root, split, named):
     monkeypatch.chdir(tmp_path)

@@ -171,6 +171,30 @@ def _open(dataset: str, decoding: Decoding, download: bool, trust_remote_code: b
     )
 
 
+def _check_image_column(dataset: str, root: Optional[str], split: str, input_key: Optional[str]) -> None:
+    """Raise `InputError` where a table lacks the column of images, of which its libraries say nothing clear."""
+    try:
+        import datasets
+        features = datasets.load_dataset(dataset.partition('/')[2], split=split, cache_dir=root).features
+    except Exception:  # it is the source that cannot be opened
+        return
+    name, images = input_key or 'image', [key for key, value in features.items() if isinstance(value, datasets.Image)]
+    if name not in images:
+        raise InputError(
+            f"input_key={name}: must be the column of the images; {dataset} has {', '.join(features)}, of which "
+            f"{', '.join(images) or 'none'} holds images")
+
+
+def _is_empty(reader: Any) -> bool:
+    column = reader.dataset.data.column(reader.image_key)
+    return column.null_count == len(column)
+
+
+def _list_shards(root: str) -> str:
+    names = [os.path.basename(path) for path in list_tars(root)] if os.path.isdir(root) else []
+    return f"; {root} has {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else ''
+
+
 def _explain(
         error: Exception, dataset: str, data_dir: str, split: str, split_parameter: str, download: bool) -> InputError:
     """Name the parameter at fault, for whatever a reader's libraries have raised."""
@@ -186,6 +210,10 @@ def _explain(
         return InputError(f'class_map: {text}')
     if 'download' in lower and not download:
         return InputError(f'{source}: {text} (`dataset_download` fetches it, `data_dir` says where it is)')
+    if prefix == 'wds' and 'not found in info' in lower:
+        return InputError(
+            f'{split_parameter}={split}: must be the name of shards and their number of images, such as '
+            f'shard-{{0000..0012}}.tar|13000, as there is no _info.json with splits{_list_shards(data_dir)}')
     if 'split' in lower:
         return InputError(f'{split_parameter}={split}: {text}')
     return InputError(f'{source}: {text}')
@@ -330,7 +358,11 @@ def open_dataset(
             raise
         raise InputError(f'{key}: does not apply to {dataset or data_dir}') from error
     except Exception as error:  # timm's readers raise whatever their libraries do
+        if source_prefix(dataset) == 'hfds':
+            _check_image_column(dataset, data_dir or None, split, input_key)
         raise _explain(error, dataset, data_dir, split, split_parameter, dataset_download) from error
+    if source_prefix(dataset) == 'hfds' and _is_empty(opened.reader):  # the library adds the column that it lacks
+        _check_image_column(dataset, data_dir or None, split, input_key)
     _check_opened(opened, dataset, target_key)
     opened.decoding = decoding
     return opened

@@ -7,8 +7,9 @@ from PIL import Image
 
 from data_files import write_shards
 from script_runner import call_script
-from timm_cgh.data import two_views
+from timm_cgh.data import create_view_loader, open_dataset, two_views
 from timm_cgh.data.views import cut_views
+from timm_cgh.train.outputs import warn_if_flat
 from training import TINY, check_ok, check_refused, make_images, read_summary, train
 
 CPU = ['--device', 'cpu', '--workers', 0, '--batch-size', 8]
@@ -71,3 +72,12 @@ def test_a_login_in_data_dir_stays_out_of_the_files_and_the_log_of_a_run(tmp_pat
     assert 'SECRET' not in text and 'image00003' in text
     for path in (tmp_path / 'run').rglob('*'):
         assert path.is_dir() or b'SECRET' not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize('pixel_range, warns', [(None, True), ((0, 4095), False)])
+def test_images_that_come_out_nearly_black_are_warned_of(tmp_path, caplog, pixel_range, warns):
+    bands = np.random.default_rng(0).integers(0, 4096, (20, 20), dtype=np.uint16)  # 12 bits
+    Image.fromarray(bands).save(tmp_path / 'a.png')
+    dataset = open_dataset('', str(tmp_path), pixel_range=pixel_range)
+    warn_if_flat(create_view_loader(dataset, two_views(16), 1).read([0]).views[0])
+    assert ('`pixel_range`' in caplog.text) == warns

@@ -35,8 +35,8 @@ from timm_cgh.task.positives import Selection
 from .build import Backbone
 
 __all__ = [
-    'describe_epoch', 'describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'write_neighbours',
-    'write_plots', 'write_settings', 'write_views']
+    'describe_epoch', 'describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'warn_if_flat',
+    'write_neighbours', 'write_plots', 'write_settings', 'write_views']
 
 _logger = logging.getLogger('train')
 
@@ -82,6 +82,15 @@ def write_settings(
     return resolved
 
 
+def warn_if_flat(views: torch.Tensor) -> None:
+    """Warn where nearly all pixels of (B, C, H, W) uint8 views have nearly one value: images on another scale."""
+    low, high = np.percentile(views.numpy(), (1, 99))
+    if high - low <= 16:
+        _logger.warning(
+            f'Nearly all pixels of some images lie between {low:.0f} and {high:.0f} of 255. If the files have more '
+            f'than 8 bits, `pixel_range` says which values are black and white.')
+
+
 def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> None:
     """Write `views.png`: some images, and their views as the networks see them in the first epoch.
 
@@ -90,6 +99,7 @@ def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> No
     views: Any = loader.loader.dataset
     indices = sorted({round(i) for i in np.linspace(0, len(views) - 1, 6)})
     batch = loader.read(indices)
+    warn_if_flat(batch.views[0])
     images = [np.atleast_3d(read_or_substitute(views.dataset, index)[0]) for index in batch.index.tolist()]
     teacher, *student = (to_device.to_pixels(view).numpy() for view in to_device(batch))
     rows = {'image': images, 'teacher': teacher, 'student': student[0]}

@@ -232,7 +232,8 @@ class Run:
         for name in names:
             if name not in self.unreadable:
                 self.unreadable.add(name)
-                _logger.warning(f'Unreadable image skipped: {name} ({len(self.unreadable)} so far)')
+                if len(self.unreadable) <= 100:  # the number is logged at the end
+                    _logger.warning(f'Unreadable image skipped: {name} ({len(self.unreadable)} so far)')
 
     def _finite(self) -> bool:
         """Whether the mean loss is; if not, the run ends. Collective: every rank must call."""

@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from input_errors import refused
-from timm_cgh.files import atomic_path, atomic_write, read_json, read_rows, read_yaml
+from timm_cgh.files import atomic_path, atomic_write, read_json, read_rows, read_yaml, write_yaml
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path):
@@ -90,3 +90,9 @@ def test_blank_values_and_an_absent_table_are_fine(tmp_path):
     assert read_rows(tmp_path / 'none') == []
     (tmp_path / 'file').write_text('epoch,loss,knn\n0,nan,\n1,1e400,2.5\n')
     assert [row['knn'] for row in read_rows(tmp_path / 'file')] == ['', '2.5']
+
+
+def test_yaml_that_is_written_can_be_read(tmp_path):
+    shared = [0.5, 0.5]
+    write_yaml(tmp_path / 'a.yaml', {'mean': shared, 'options': {'mean': shared, 'size': (3, 32)}})
+    assert read_yaml(tmp_path / 'a.yaml') == {'mean': shared, 'options': {'mean': shared, 'size': [3, 32]}}

@@ -1,4 +1,4 @@
-"""Files that are whole or absent (written beside their name, then renamed into place); YAML, JSON and CSV read."""
+"""Files that are whole or absent (written beside their name, then renamed into place); YAML, JSON, CSV."""
 import csv
 import json
 import os
@@ -13,7 +13,7 @@ from .errors import InputError
 
 __all__ = [
     'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_rows', 'read_yaml',
-    'sync']
+    'sync', 'write_yaml']
 
 
 @contextmanager
@@ -117,6 +117,21 @@ def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
         InputError: no such file, or not such a file; starts with the path
     """
     return _read_mapping(path, lambda text: yaml.load(text, _Loader) or {})
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # a list that stands in two places is written twice: readers refuse aliases
+
+
+def write_yaml(path: Union[str, Path], content: Mapping[str, Any]) -> None:
+    """Write plain values by name to a YAML file, in their order.
+
+    Raises:
+        OSError: the file cannot be written
+    """
+    with atomic_write(path) as file:
+        yaml.dump(dict(content), file, _Dumper, default_flow_style=None, sort_keys=False)
 
 
 def read_json(path: Union[str, Path]) -> Dict[str, Any]:

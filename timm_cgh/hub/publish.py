@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm_cgh.data import data_name
 from timm_cgh.download import hub_reason, redact
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows, read_yaml
+from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows, read_yaml, write_yaml
 from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
@@ -85,9 +85,7 @@ def portable_args(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
 
 def write_args(folder: Union[str, Path], facts: Facts) -> None:
     """Write the run's `args.yaml` for other machines (see `portable_args`)."""
-    with atomic_write(Path(folder) / 'args.yaml') as file:
-        args = portable_args(facts.args, facts.architecture)
-        yaml.safe_dump(args, file, default_flow_style=None, sort_keys=False)
+    write_yaml(Path(folder) / 'args.yaml', portable_args(facts.args, facts.architecture))
 
 
 def _write_weights(export: Path, state: Dict[str, torch.Tensor], target: Path, float16: bool) -> str:

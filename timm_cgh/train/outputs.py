@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -22,7 +21,7 @@ from timm_cgh.data.decode import read_image, read_or_substitute
 from timm_cgh.errors import redact
 from timm_cgh.eval.features import extract_features
 from timm_cgh.eval.loader import create_eval_loader, eval_crop_pct
-from timm_cgh.files import atomic_write, epochs_done
+from timm_cgh.files import epochs_done, write_yaml
 from timm_cgh.models.export import export_backbone
 from timm_cgh.plots.curves import save_curves
 from timm_cgh.plots.evaluation import save_retrieval_grid
@@ -76,9 +75,8 @@ def write_settings(
         versions=dict(python=platform.python_version(), timm_cgh=timm_cgh.__version__, **versions),
         commit=_commit(),
     )
-    for name, content in (('args.yaml', dict(given)), ('resolved.yaml', resolved)):
-        with atomic_write(os.path.join(folder, name)) as file:
-            yaml.safe_dump(content, file, default_flow_style=None, sort_keys=False)
+    write_yaml(os.path.join(folder, 'args.yaml'), given)
+    write_yaml(os.path.join(folder, 'resolved.yaml'), resolved)
     return resolved
 
 

@@ -33,6 +33,7 @@ OF_THE_PAPER = {
 
 def settings(name, images=1_281_167):
     args = train.parser.parse(['--config', str(REPOSITORY / 'configs' / name), '--device', 'cpu'])
+    args.pretrained = False  # a download
     settle(args, images)
     return args
 

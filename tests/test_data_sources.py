@@ -1,6 +1,7 @@
 """Every kind of source opens to (PIL image, target) items, and what cannot be opened ends in one line."""
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -16,6 +17,7 @@ from data_files import encode, picture, write_classes, write_images, write_parqu
 from input_errors import refused
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
 from timm_cgh.data.decode import Decoding, decode_image, read_image, read_or_substitute
+from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.errors import InputError, redact
 
 
@@ -362,3 +364,12 @@ def test_a_class_map_that_lacks_a_class_of_a_parquet_is_refused(tmp_path):
         open_dataset(*source, class_map={'ant': 0, 'cat': 1})
     dataset = open_dataset(*source, class_map={'ant': 0, 'bee': 1, 'cat': 1})
     assert [read_image(dataset, i, 'RGB')[1] for i in range(3)] == [0, 1, 1]
+
+
+def test_fingerprint_tells_the_images_and_not_where_they_lie(tmp_path):
+    write_classes(tmp_path / 'here', 2)
+    shutil.copytree(tmp_path / 'here', tmp_path / 'there')
+    here, there = (fingerprint(open_dataset('', str(tmp_path / name))) for name in ('here', 'there'))
+    assert here == there
+    shutil.copy(tmp_path / 'there' / 'cat' / '000.png', tmp_path / 'there' / 'cat' / '900.png')
+    assert fingerprint(open_dataset('', str(tmp_path / 'there'))) != here

@@ -26,9 +26,9 @@ def fingerprint(dataset: Dataset) -> str:
         return ''
     if isinstance(dataset, Subset):
         return _digest((fingerprint(dataset.dataset), *dataset.indices))
-    samples = getattr(getattr(dataset, 'reader', dataset), 'samples', None)
-    if samples is not None:  # timm's folders, torchvision's: (path, class); timm's tars: TarInfo and more
-        root = str(getattr(dataset, 'root', ''))
-        return _digest(str(getattr(sample[0], 'name', sample[0])).removeprefix(root) for sample in samples)
+    source: Any = getattr(dataset, 'reader', dataset)
+    samples = getattr(source, 'samples', None)
+    if samples is not None:  # ours and torchvision's: the path comes first
+        return _digest(str(sample[0]).removeprefix(str(source.root)) for sample in samples)
     labels = read_labels(dataset)
     return _digest((len(dataset), *(() if labels is None else labels)))

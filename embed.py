@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the embeddings of images: a file of one row per image, with the images' names.
+"""Write the embeddings of images: a file of one row per image, with the images' names. A run that was stopped goes on
+where it was when it is started again.
 
     python embed.py --model local-dir:output/train/RUN/export --data-dir images/ --output embeddings.parquet
     python embed.py --model hf-hub:OWNER/NAME --dataset hfds/OWNER/DATA --split train --output embeddings.csv
@@ -16,31 +17,26 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.apply.embeddings import Parts, check_output, join_parts
-from timm_cgh.apply.images import open_images
+from timm_cgh.apply.images import find_unreadable, open_images
 from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one
-from timm_cgh.data import image_mode
 from timm_cgh.distributed import broadcast_object, end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
-from timm_cgh.eval.features import why_unreadable
 from timm_cgh.eval.loader import eval_crop_pct
 from timm_cgh.eval.start import start_evaluation
 
 _logger = logging.getLogger('eval')
 
-parser = Parser(
-    description='Write the embeddings of images. An interrupted run goes on where it was when started again.',
-    epilog='example: python embed.py --model local-dir:RUN/export --data-dir images/ --output embeddings.parquet')
+parser = Parser(__doc__)
 add_image_arguments(parser)
 add_model_arguments(parser, results=False)
 group = parser.add_argument_group('Output')
 group.add_argument('-o', '--output', metavar='FILE', required=True,
-                   help='file to write, .parquet, .csv, .npy or .safetensors (required); names of unreadable images go '
+                   help='file to write, .parquet, .csv, .npy or .safetensors; names of unreadable images go '
                         'to FILE.unreadable.txt')
-group.add_argument('--overwrite', action='store_true', help='replace a finished FILE; default: refuse to')
+group.add_argument('--overwrite', action='store_true', help='replace a finished FILE')
 group.add_argument('--part-size', type=at_least_one, default=4096, metavar='N',
-                   help='images per part in FILE.parts, of which a killed run loses one per process; '
-                        'default: %(default)s')
+                   help='images per part in FILE.parts, of which a killed run loses one per process')
 
 
 def describe_settings(args, backbone):
@@ -56,14 +52,9 @@ def describe_settings(args, backbone):
 
 def embed(extractor, model, images, indices, parts):
     """Write the embeddings of the images at `indices`, this process's share of them, in parts of whole batches."""
-    mode = image_mode(extractor.data_config['input_size'][0])
     for features, found, batch in extractor.iterate(model, images.dataset, indices):
-        unreadable = sorted({*batch.tolist()} - {*found.tolist()})
-        parts.add(
-            features,
-            [images.names[index] for index in found],
-            [(images.names[index], why_unreadable(images.dataset, index, mode)) for index in unreadable],
-        )
+        unreadable = find_unreadable(images, found.tolist(), batch.tolist())
+        parts.add(features, [images.names[index] for index in found], unreadable)
     parts.flush()
 
 
@@ -90,10 +81,7 @@ def main(argv=None):
     end_process(process)  # joining may take longer than the others would wait
     if process.primary:
         parts.scan()
-        count, unreadable = join_parts(parts, args.output)
-        _logger.info(
-            f'{args.output}: {count} embeddings of {parts.width} values'
-            f"{f', {unreadable} images unreadable, see {args.output}.unreadable.txt' if unreadable else ''}")
+        _logger.info(join_parts(parts, args.output))
     return 0
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Fine-tune a whole backbone on labelled images: the result is one timm classifier, OUTPUT/export.
+"""Fine-tune a whole backbone on labelled images: the result is one timm classifier, OUTPUT/export, that of the best
+epoch by validation top-1.
 
     python finetune.py --model local-dir:output/train/RUN/export --data-dir labelled/ --output output/finetune
     python finetune.py --model vit_small_patch16_224.dino --data-dir imagenet/ --layer-decay 0.65 --output output/vit
@@ -36,26 +37,22 @@ from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
 
 _logger = logging.getLogger('eval')
 
-parser = Parser(
-    description='Fine-tune a whole backbone on labelled images into a timm classifier, OUTPUT/export: that of the best '
-                'epoch by validation top-1.',
-    epilog='example: python finetune.py --model local-dir:RUN/export --data-dir labelled/ --output output/finetune')
+parser = Parser(__doc__)
 add_evaluation_arguments(parser, hold_out=True)
 group = parser.add_argument_group('Fine-tuning')
 group.add_argument('--epochs', type=at_least_one, default=50, metavar='N',
-                   help='passes over the training images; default: %(default)s')
-group.add_argument('--opt', default='adamw', metavar='NAME', help="timm's optimizer; default: %(default)s")
+                   help='passes over the training images')
+group.add_argument('--opt', default='adamw', metavar='NAME', help="timm's optimizer")
 group.add_argument('--lr', type=positive, default=5e-4, metavar='X',
-                   help='peak learning rate of the classifier, not scaled by the batch; default: %(default)s')
+                   help='peak learning rate of the classifier, not scaled by the batch')
 group.add_argument('--layer-decay', type=fraction, default=0.75, metavar='X',
-                   help='factor of the learning rate from each layer to the one before it, 1 for equal rates; '
-                        'default: %(default)s')
+                   help='factor of the learning rate from each layer to the one before it, 1 for equal rates')
 group.add_argument('--warmup-epochs', type=natural, metavar='N',
                    help='epochs of linear warm-up before the cosine decay; default: a tenth of --epochs')
 group.add_argument('--smoothing', type=fraction, default=0.1, metavar='X',
-                   help='label smoothing; default: %(default)s')
+                   help='label smoothing')
 group.add_argument('--no-sync-bn', action='store_true',
-                   help='keep the batch statistics of each GPU apart; default: shared')
+                   help='keep the batch statistics of each GPU apart')
 add_training_arguments(group)
 parser.set_defaults(batch_size=32, weight_decay=0.05, val_interval=1)
 

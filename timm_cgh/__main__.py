@@ -15,6 +15,7 @@ _COMMANDS = {
     'semisup': ('eval_semisup', 'fine-tune on few labels'),
     'detection': ('eval_detection', 'fine-tune a detector on the backbone'),
     'finetune': ('finetune', 'fine-tune on labelled images into a classifier'),
+    'predict': ('predict', 'classify new images'),
     'embed': ('embed', 'write the embeddings of images'),
     'publish': ('publish', 'upload weights and a model card to the Hugging Face Hub'),
     'convert': ('convert', 'write weights in other formats (torchvision, ONNX, ...)'),

@@ -18,9 +18,8 @@ from .files import read_yaml
 
 __all__ = [
     'KeyValues', 'Parser', 'add_decoding_arguments', 'add_evaluation_arguments', 'add_image_arguments',
-    'add_model_arguments',
-    'add_training_arguments', 'arguments_of', 'at_least_one', 'deviation', 'fraction', 'natural', 'non_negative',
-    'positive', 'random_seed']
+    'add_model_arguments', 'add_run_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one',
+    'deviation', 'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
@@ -313,6 +312,11 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
                        help="mean of pixels in [0, 1]; default: the model's")
     group.add_argument('--std', nargs='+', type=deviation, metavar='X',
                        help="standard deviation of pixels in [0, 1]; default: the model's")
+    add_run_arguments(parser, results)
+
+
+def add_run_arguments(parser: Parser, results: bool = True) -> None:
+    """Add the group Run; `results`: with --output and --results-file."""
     group = parser.add_argument_group('Run')
     group.add_argument('-j', '--workers', metavar='N', type=natural, default=min(4, os.cpu_count() or 1),
                        help='processes that read images, for each process of the job')
@@ -335,8 +339,10 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
 
 def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the options of the evaluations that train on augmented images."""
-    group.add_argument('--momentum', type=fraction, default=0.9, metavar='M', help='momentum of SGD')
-    group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X', help='weight decay of SGD')
+    group.add_argument('--momentum', type=fraction, default=0.9, metavar='M',
+                       help='momentum, of optimizers such as SGD')
+    group.add_argument('--weight-decay', type=non_negative, default=0.0, metavar='X',
+                       help='weight decay of the optimizer')
     group.add_argument('--scale', nargs=2, type=positive, default=[0.08, 1.0], metavar=('MIN', 'MAX'),
                        help="range of a crop's share of the image area")
     group.add_argument('--hflip', type=fraction, default=0.5, metavar='P', help='probability of a horizontal flip')

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import atomic_path, atomic_write, make_folder
 
+from .images import write_unreadable
+
 __all__ = ['Embeddings', 'Parts', 'check_output', 'join_parts', 'read_embeddings']
 
 _Blocks = Iterator[Tuple[Sequence[str], np.ndarray]]  # names and (n, D) float32 rows
@@ -188,14 +190,14 @@ def check_output(output: str, overwrite: bool = False) -> None:
         raise InputError(f'output={output}: exists; `overwrite` replaces it')
 
 
-def join_parts(parts: Parts, output: str) -> Tuple[int, int]:
+def join_parts(parts: Parts, output: str) -> str:
     """Write the rows of all parts into one file and the unreadable images' names into another; delete the parts.
 
     The file has a row per image, in the order of the images, with its name: the column `file_name` of Parquet and CSV,
     the metadatum `file_names` (JSON) of safetensors, a line of `<stem>.names.txt` beside NPY. Memory stays flat.
 
     Returns:
-        number of rows, number of unreadable images
+        text for the log
 
     Raises:
         InputError: it cannot be written, or no image can be read
@@ -214,13 +216,9 @@ def join_parts(parts: Parts, output: str) -> Tuple[int, int]:
                 file.writelines(f'{name}\n' for name in names)
         with atomic_path(path) as temporary:
             _WRITERS[path.suffix](temporary, names, parts.width, parts.blocks(), about)
-        listed = Path(f'{output}.unreadable.txt')
-        listed.unlink(missing_ok=True)
-        if parts.unreadable:
-            with atomic_write(listed) as file:
-                file.writelines(f'{name}\t{why}\n' for name, why in parts.unreadable)
+        unreadable = write_unreadable(output, parts.unreadable)
     shutil.rmtree(parts.folder)
-    return len(names), len(parts.unreadable)
+    return f'{output}: {len(names)} embeddings of {parts.width} values{unreadable}'
 
 
 def _read_parquet(path: Path) -> Embeddings:

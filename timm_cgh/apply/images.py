@@ -1,7 +1,8 @@
 """All images of a source, with their names and without labels."""
 import os
 from collections import Counter
-from typing import Any, BinaryIO, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, BinaryIO, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
@@ -11,8 +12,10 @@ from timm_cgh.data import open_dataset
 from timm_cgh.data.names import file_names
 from timm_cgh.data.sources import create_decoding, source_prefix
 from timm_cgh.errors import InputError, checking
+from timm_cgh.eval.features import why_unreadable
+from timm_cgh.files import atomic_write
 
-__all__ = ['NamedImages', 'open_images']
+__all__ = ['NamedImages', 'find_unreadable', 'open_images', 'write_unreadable']
 
 
 class NamedImages(NamedTuple):
@@ -125,3 +128,34 @@ def open_images(
         )
     names = file_names(images) or [f'image {index}' for index in range(len(images))]
     return NamedImages(images, _unique([_printable(name) for name in names]))
+
+
+def find_unreadable(
+        images: NamedImages,
+        readable: Iterable[int],
+        tried: Optional[Iterable[int]] = None,
+) -> List[Tuple[str, str]]:
+    """Names of the images that cannot be read, each with the reason.
+
+    Args:
+        images: the images
+        readable: indices of those that could be read
+        tried: indices of those that should have been; default all
+    """
+    unreadable = sorted({*(range(len(images.names)) if tried is None else tried)} - {*readable})
+    return [(images.names[index], why_unreadable(images.dataset, index)) for index in unreadable]
+
+
+def write_unreadable(output: str, unreadable: Sequence[Tuple[str, str]]) -> str:
+    """Write names and reasons to `<output>.unreadable.txt`, or delete that file where there are none.
+
+    Returns:
+        text for the log, empty where there are none
+    """
+    listed = Path(f'{output}.unreadable.txt')
+    if not unreadable:
+        listed.unlink(missing_ok=True)
+        return ''
+    with atomic_write(listed) as file:
+        file.writelines(f'{name}\t{why}\n' for name, why in unreadable)
+    return f', {len(unreadable)} unreadable, listed in {listed}'

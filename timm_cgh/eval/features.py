@@ -155,7 +155,7 @@ class Features(NamedTuple):
     indices: torch.Tensor
 
 
-def why_unreadable(dataset: Dataset, index: int, mode: str) -> str:
+def why_unreadable(dataset: Dataset, index: int, mode: Optional[str] = None) -> str:
     """The reason why an image cannot be read; '' if it can be now."""
     try:
         read_image(dataset, index, mode)

@@ -138,6 +138,7 @@ QUICK = {
     'eval_semisup': ['--device', 'cpu', '--workers', '0', '--epochs', '1', '--batch-size', '8', '--percent', '50'],
     'eval_detection': ['--device', 'cpu', '--workers', '0', '--iterations', '2', '--batch-size', '2'],
     'embed': ['--device', 'cpu', '--workers', '0', '--overwrite'],
+    'predict': ['--device', 'cpu', '--workers', '0'],
     'finetune': ['--device', 'cpu', '--workers', '0', '--epochs', '1', '--batch-size', '8'],
 }
 

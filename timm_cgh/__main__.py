@@ -17,6 +17,7 @@ _COMMANDS = {
     'finetune': ('finetune', 'fine-tune on labelled images into a classifier'),
     'predict': ('predict', 'classify new images'),
     'embed': ('embed', 'write the embeddings of images'),
+    'neighbours': ('neighbours', 'find near-duplicates and outliers, without labels'),
     'publish': ('publish', 'upload weights and a model card to the Hugging Face Hub'),
     'convert': ('convert', 'write weights in other formats (torchvision, ONNX, ...)'),
     'plot': ('plot', 'plot runs over one another'),

@@ -143,6 +143,7 @@ def save_retrieval_grid(
         rows: Sequence[Sequence[Tuple[Image.Image, str, Optional[bool]]]],
         path: Union[str, Path],
         title: str = '',
+        titles: Tuple[str, str] = ('query', 'nearest →'),
 ) -> None:
     """Plot queries and their nearest neighbours; the frame tells whether the class is the query's, where it is known.
 
@@ -151,9 +152,10 @@ def save_retrieval_grid(
             neighbours, nearest first
         path: PNG file to write
         title: heading
+        titles: above the first two columns
     """
     columns = max(map(len, rows))
-    figure = new_figure(0.95 * columns + 0.3, 1.12 * len(rows) + 0.7)
+    figure = new_figure(0.95 * columns + 0.3, 1.22 * len(rows) + 0.7)
     # a gap between queries and neighbours
     grid = figure.add_gridspec(len(rows), columns + 1, width_ratios=[1, 0.15, *[1] * (columns - 1)])
     for y, row in enumerate(rows):
@@ -166,10 +168,10 @@ def save_retrieval_grid(
                 color=GREY if plain else _RIGHT if right else _WRONG,
                 linewidth=1.2 if plain else 3,
             )
-            axes.set_xlabel(_shorten(name, 14), fontsize=7, labelpad=2,
+            axes.set_xlabel('\n'.join(_shorten(line, 14) for line in name.split('\n')), fontsize=7, labelpad=2,
                             color='black' if x == 0 else GREY if right is not False else _WRONG)
             if y == 0 and x < 2:
-                axes.set_title('query' if x == 0 else 'nearest →', fontsize=8)
+                axes.set_title(titles[x], fontsize=8)
     known = any(right is not None for row in rows for _, _, right in row)
     legend = 'green: the class of the query, orange: another' if known else ''
     figure.suptitle(' · '.join(filter(None, (title, legend))), fontsize=9)

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Look at images without labels: nearest neighbours, near-duplicates and outliers, as tables and pictures.
+
+    python neighbours.py --model local-dir:output/train/RUN/export --data-dir images/ --output output/neighbours
+    python neighbours.py --embeddings embeddings.parquet --data-dir images/ --output output/neighbours
+"""
+import csv
+import logging
+import os
+import sys
+
+# On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from timm_cgh.apply.embeddings import Embeddings, read_embeddings
+from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
+from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours
+from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, fraction
+from timm_cgh.data.decode import UNREADABLE, read_image
+from timm_cgh.distributed import end_process
+from timm_cgh.errors import InputError, checking
+from timm_cgh.eval import FeatureExtractor, Pixels
+from timm_cgh.eval.backbone import load_backbone
+from timm_cgh.eval.start import start_evaluation
+from timm_cgh.files import atomic_write, make_folder
+from timm_cgh.plots.evaluation import save_retrieval_grid
+
+_logger = logging.getLogger('eval')
+
+parser = Parser(__doc__)
+add_image_arguments(parser)
+add_model_arguments(parser, results=False)
+group = parser.add_argument_group('Neighbours')
+group.add_argument('-o', '--output', metavar='DIR', required=True, help='folder for tables and pictures')
+group.add_argument('--embeddings', metavar='FILE',
+                   help='file of embed.py to search instead of computing features (--data-dir: for pictures); '
+                        'default: none')
+group.add_argument('--pixels', action='store_true', help='compare raw pixels (at most 32 x 32) instead of features')
+group.add_argument('--k', type=at_least_one, default=10, metavar='K', help='nearest images of each image')
+group.add_argument('--threshold', type=fraction, default=0.95, metavar='X',
+                   help='cosine at and above which images are near-duplicates')
+group.add_argument('--rows', type=at_least_one, default=12, metavar='N', help='rows of each picture')
+
+
+def compute(args, process):
+    """Embeddings of the images, and the images."""
+    if args.pixels:
+        args.no_pretrained = True
+    backbone = load_backbone(**arguments_of(load_backbone, args))
+    images = open_images(backbone.data_config, **arguments_of(open_images, args))
+    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
+    pixels = Pixels(backbone.data_config['mean'], backbone.data_config['std'])
+    with logging_redirect_tqdm():
+        found = extractor(extractor.prepare(pixels if args.pixels else backbone.model), images.dataset)
+    if process.primary:
+        unreadable = find_unreadable(images, found.indices.tolist())
+        write_unreadable(os.path.join(args.output, 'images'), unreadable)
+    return Embeddings([images.names[index] for index in found.indices], found.features), images
+
+
+def read(args):
+    """Embeddings of a file, and the images if they are named."""
+    embeddings = read_embeddings(args.embeddings)
+    named = args.data_dir or args.image_list or args.dataset
+    config = dict(input_size=(args.in_chans or 3,))
+    return embeddings, open_images(config, **arguments_of(open_images, args)) if named else None
+
+
+def write_table(folder, name, header, rows):
+    """Write a CSV file."""
+    with atomic_write(os.path.join(folder, name)) as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_tables(folder, names, found, clusters, distances):
+    """Write neighbours, pairs, clusters and outliers."""
+    write_table(folder, 'neighbours.csv', ['file_name', 'rank', 'neighbour', 'cosine'], (
+        [names[index], rank, names[other], f'{cosine:.6f}']
+        for index, pair in enumerate(zip(found.indices.tolist(), found.cosines.tolist()))
+        for rank, (other, cosine) in enumerate(zip(*pair), start=1)))
+    write_table(folder, 'duplicates.csv', ['file_name_1', 'file_name_2', 'cosine'], (
+        [names[first], names[second], f'{cosine:.6f}']
+        for (first, second), cosine in zip(found.pairs.tolist(), found.pair_cosines.tolist())))
+    write_table(folder, 'clusters.csv', ['cluster', 'file_name'], (
+        [number, names[index]] for number, cluster in enumerate(clusters, start=1) for index in cluster))
+    write_table(folder, 'outliers.csv', ['file_name', 'distance'], (
+        [names[index], f'{distances[index]:.6f}'] for index in distances.argsort(descending=True)))
+
+
+def save_grid(args, images, embeddings, rows, name, titles):
+    """Plot images and others similar to them; `rows` are lists of indices, the first of each is compared with."""
+    places = {name: index for index, name in enumerate(images.names)}
+    unit = torch.nn.functional.normalize(embeddings.features, dim=1)
+    cells = []
+    for row in rows:
+        cells.append([])
+        for index in row:
+            image_name = embeddings.names[index]
+            try:
+                image, _ = read_image(images.dataset, places[image_name])
+            except KeyError:
+                raise InputError(f'data_dir: has no {image_name}, which is in `embeddings`') from None
+            except UNREADABLE:
+                continue
+            image.thumbnail((160, 160))
+            label = os.path.basename(image_name)
+            cosine = f'{unit[row[0]] @ unit[index]:.3f}\n' if index != row[0] else ''
+            cells[-1].append((image, cosine + label, None))
+    cells = [row for row in cells if row]
+    if cells:
+        save_retrieval_grid(cells, os.path.join(args.output, name), titles=titles)
+
+
+def main(argv=None):
+    args = parser.parse(argv)
+    if args.embeddings and (args.pixels or args.model or args.checkpoint):
+        raise InputError(f'embeddings={args.embeddings}: takes the place of `model`, `checkpoint` and `pixels`')
+    process = start_evaluation(args.device, args.seed)
+    make_folder(args.output, 'output', args.output)
+    embeddings, images = read(args) if args.embeddings else compute(args, process)
+    names = embeddings.names
+    if len(names) < 2:
+        raise InputError('data_dir: neighbours need at least two images')
+
+    if process.primary:
+        found = find_neighbours(embeddings.features.to(process.device), args.k, args.threshold)
+        clusters, distances = cluster_pairs(found.pairs, len(names)), found.outlyingness()
+        with checking('output', args.output, OSError):
+            write_tables(args.output, names, found, clusters, distances)
+            if images:
+                nearest = torch.cat([torch.arange(len(names))[:, None], found.indices[:, :8]], dim=1).tolist()
+                shown = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))[:args.rows]
+                outliers = distances.argsort(descending=True)[:args.rows]
+                for rows, name, titles in (
+                        ([nearest[i] for i in shown], 'retrieval.png', ('query', 'nearest →')),
+                        ([cluster[:9] for cluster in clusters[:args.rows]], 'duplicates.png', ('one of', 'cluster →')),
+                        ([nearest[i] for i in outliers], 'outliers.png', ('outlier', 'nearest →'))):
+                    save_grid(args, images, embeddings, rows, name, titles)
+        _logger.info(
+            f'{args.output}: {len(names)} images, {len(found.pairs)} pairs of near-duplicates in {len(clusters)} '
+            f'clusters, strongest outlier {names[distances.argmax()]}')
+    end_process(process)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(parser.run(main))

@@ -1,0 +1,121 @@
+"""neighbours.py: exact search, planted duplicates and a planted outlier."""
+import csv
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neighbors import NearestNeighbors
+
+import neighbours as script
+from conftest import REPOSITORY
+from data_files import encode, picture, write_images
+from evaluations import CPU
+from input_errors import check_refused, refused
+from script_runner import call_script
+from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours
+
+WEIGHTS = REPOSITORY / 'weights' / 'cgh_resnet18'
+
+
+def neighbours(output, *args):
+    assert call_script('neighbours', *CPU, '--output', output, *args) == 0
+
+
+def read_table(path):
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize('chunk', [7, 512])
+def test_search_agrees_with_scikit_learn(chunk):
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    found = find_neighbours(features, k=4, threshold=0.8, chunk=chunk)
+    distances, indices = NearestNeighbors(n_neighbors=4, metric='cosine').fit(features).kneighbors()
+    assert np.array_equal(found.indices, indices)
+    np.testing.assert_allclose(found.cosines, 1 - distances, atol=1e-5)
+    np.testing.assert_allclose(found.outlyingness(), distances.mean(axis=1), atol=1e-5)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    similar = {(i, j) for i in range(60) for j in range(i + 1, 60) if unit[i] @ unit[j] >= 0.8}
+    assert {tuple(pair) for pair in found.pairs.tolist()} == similar and similar
+    assert (found.pair_cosines.diff() <= 0).all()
+
+
+def test_clusters_are_what_pairs_connect():
+    assert cluster_pairs(torch.tensor([[0, 4], [1, 2], [2, 7]]), 9) == [[1, 2, 7], [0, 4]]
+    assert cluster_pairs(torch.empty(0, 2, dtype=torch.long), 9) == []
+
+
+def test_features_that_cannot_be_compared_are_refused(monkeypatch):
+    with refused('model', 'not finite'):
+        find_neighbours(torch.tensor([[1.0], [np.nan]]))
+    monkeypatch.setattr('timm_cgh.apply.neighbours._MAX_PAIRS', 10)
+    with refused('threshold', 'more than 10 pairs'):
+        find_neighbours(torch.ones(10, 2))
+
+
+def test_planted_duplicates_are_all_found(shared_data, tmp_path):
+    table = pytest.importorskip('pyarrow.parquet').read_table(
+        shared_data / 'tiny-imagenet' / 'validation-00000-of-00001.parquet', columns=['image'])
+    images = [Image.open(io.BytesIO(item['bytes'])).convert('RGB') for item in table['image'][:2000:25].to_pylist()]
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    planted = set()
+    for number, image in enumerate(images):
+        image.save(folder / f'{number:02d}.png')
+        if number < 6:
+            half, double = (image.resize((int(64 * factor),) * 2) for factor in (0.5, 2))
+            for kind, data in (
+                    ('exact.png', encode(image)), ('jpeg.jpg', encode(image, 'JPEG', quality=50)),
+                    ('half.png', encode(half)), ('double.png', encode(double))):
+                (folder / f'{number:02d}-{kind}').write_bytes(data)
+                planted.add((f'{number:02d}.png', f'{number:02d}-{kind}'))
+    (folder / 'broken.png').write_bytes(b'no image')
+
+    neighbours(tmp_path / 'out', '--model', f'local-dir:{WEIGHTS}', '--data-dir', folder, '--rows', '3')
+    pairs = {frozenset(list(row.values())[:2]) for row in read_table(tmp_path / 'out' / 'duplicates.csv')}
+    assert {frozenset(pair) for pair in planted} <= pairs
+    assert all(len({name[:2] for name in pair}) == 1 for pair in pairs)  # and nothing else
+    clusters = [row['cluster'] for row in read_table(tmp_path / 'out' / 'clusters.csv')]
+    assert sorted(clusters.count(number) for number in set(clusters)) == [5] * 6
+    nearest = read_table(tmp_path / 'out' / 'neighbours.csv')
+    assert nearest[0].keys() == {'file_name', 'rank', 'neighbour', 'cosine'} and len(nearest) == 10 * (80 + 24)
+    assert (tmp_path / 'out' / 'images.unreadable.txt').read_text().startswith('broken.png\t')
+    for name in ('retrieval.png', 'duplicates.png', 'outliers.png'):
+        assert (tmp_path / 'out' / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_planted_noise_image_is_among_the_strongest_outliers(tmp_path):
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for number, digit in enumerate(load_digits().images[:120]):
+        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((16, 16)).save(folder / f'{number:03d}.png')
+    picture(0, mode='L').save(folder / 'noise.png')
+    model = ['--model', 'test_resnet', '--in-chans', '1', '--img-size', '16', '--pixels']
+    neighbours(tmp_path / 'out', *model, '--data-dir', folder, '--rows', '2')
+    outliers = read_table(tmp_path / 'out' / 'outliers.csv')
+    assert len(outliers) == 121 and 'noise.png' in [row['file_name'] for row in outliers[:5]]
+
+
+def test_a_file_of_embeddings_gives_the_tables_of_its_images(encoder, tmp_path):
+    folder = write_images(tmp_path / 'images', 12)
+    model = ['--model', f'local-dir:{encoder}', '--data-dir', folder]
+    neighbours(tmp_path / 'direct', *model, '--rows', '2')
+    assert call_script('embed', *model, *CPU, '--output', tmp_path / 'e.npy') == 0
+    neighbours(tmp_path / 'file', '--embeddings', tmp_path / 'e.npy')
+    for name in ('neighbours.csv', 'duplicates.csv', 'clusters.csv', 'outliers.csv'):
+        assert (tmp_path / 'direct' / name).read_bytes() == (tmp_path / 'file' / name).read_bytes()
+    assert not (tmp_path / 'file' / 'retrieval.png').exists()
+
+
+@pytest.mark.parametrize('args, named', [
+    (['--embeddings', 'e.npy', '--pixels'], '--embeddings e.npy: takes the place of --model'),
+    (['--embeddings', 'missing.npy'], '--embeddings missing.npy: '),
+    (['--model', 'test_resnet', '--no-pretrained', '--data-dir', 'one'], '--data-dir: neighbours need at least two'),
+])
+def test_bad_input_is_one_line_that_names_the_option(tmp_path, capsys, monkeypatch, args, named):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'one', 1)
+    check_refused(capsys, script, [*CPU, '--output', 'out', *args], named)

@@ -293,7 +293,7 @@ def build_loader(args, dataset, views, process):
     """Loader of the training views."""
     if is_stream(dataset):
         _logger.info('A stream: the order of the images depends on --workers and is not restored by --resume')
-    return create_view_loader(
+    loader = create_view_loader(
         dataset,
         views,
         batch_size=args.batch_size,
@@ -303,6 +303,9 @@ def build_loader(args, dataset, views, process):
         world_size=process.world_size,
         pin_memory=process.device.type == 'cuda' and not args.no_pin_mem,
     )
+    if not is_stream(dataset):
+        loader.read([0])  # images that cannot be read are refused before anything is written
+    return loader
 
 
 def build_monitor(args, dataset, data_config, process):

@@ -296,7 +296,7 @@ def with_config(**changes):
     (with_tensor('bn1.weight', 3), r'bn1.weight is \(3,\) in the file, \(64,\) in the model'),
     (with_config(architecture='resnet34'), 'holds a resnet34, not a resnet18|model.safetensors: the file lacks'),
     (with_config(model_args={'no_such': 1}), "config.json: .* unexpected keyword argument 'no_such'"),
-    (lambda folder: (folder / 'config.json').write_text('{'), 'not the configuration of a timm model'),
+    (lambda folder: (folder / 'config.json').write_text('{'), 'config.json: Expecting property name'),
     (lambda folder: (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin'), 'has no model.safetensors'),
 ])
 def test_broken_folders_are_refused_in_one_line_by_every_loader(spoil, message, options, weights):

@@ -240,7 +240,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(tmp_path, runs, ca
             (untracked, ressl, f'RUN_CGH {untracked}: its summary.csv has no train_recall_hyper'),
             (ressl, cgh, f'RUN_CGH {ressl}: trained with context global, must be cross'),
             (broken, ressl, f'{broken}/summary.csv: row 1 is damaged'),
-            (words, ressl, f'RUN_CGH {words}: '),
+            (words, ressl, f'{words}/summary.csv: row 1 is damaged'),
             (odd, ressl, f'{odd}/args.yaml: track_relations=ten: must be'),
             (cgh, both, f'RUN_RESSL {both}: trained with context cross, must be global'),
             (cgh, other, f'RUN_RESSL {other}: measured with the threshold top20, but RUN_CGH with 10/K')):

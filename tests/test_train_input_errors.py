@@ -26,7 +26,7 @@ from training import TINY, check_refused, make_images, train
     (['--dataset', 'cifar10'], ['--dataset cifar10', 'torch/cifar10']),
     (['--dataset', 'torch/cifar10', '--data-dir', '{empty}'], ['--dataset-download']),
     (['--val-split', 'exam'], ['--val-split exam']),
-    (['--in-chans', '2'], ['--in-chans 2']),
+    (['--in-chans', '2'], ['its shape is (20, 23, 3), --in-chans is 2']),
     (['--mean', '0.5', '0.5'], ['--mean']),
     (['--opt', 'sgdd'], ['--opt sgdd']),
     (['--initial-checkpoint', 'no.safetensors'], ['--initial-checkpoint no.safetensors']),

@@ -90,7 +90,7 @@ def test_a_resume_takes_the_settings_of_the_optimiser_that_it_is_given(tmp_path,
 def test_banks_larger_than_the_images_may_go_on_but_not_begin(tmp_path, capsys):
     few, many = make_images(tmp_path / 'few', 12), make_images(tmp_path / 'many')
     args = [*TINY, '--output', tmp_path, '--knn-interval', 0]
-    check_refused(capsys, [*args, '--epochs', 1, '--data-dir', few], '--bank-size 16', 'at most 1 is advised')
+    check_refused(capsys, [*args, '--epochs', 1, '--data-dir', few], '--bank-size 16', 'at most 2 is advised')
     check_ok(train(*args, '--epochs', 1, '--data-dir', many, '--experiment', 'many'))
     args += ['--data-dir', few, '--experiment', 'few', '--resume', tmp_path / 'many' / 'last.pth.tar', '--epochs', 2]
     check_refused(capsys, [*args, '--bank-size', 8], '--bank-size 8', 'hold 16')

@@ -61,6 +61,7 @@ def test_step_is_compared_with_its_floor_and_with_lightlys(tmp_path):
     assert result['ratio'] == pytest.approx(sum(ratios) / 2)  # the median of two
 
 
+@pytest.mark.slow
 def test_loss_is_measured_at_several_sizes_of_bank_and_batch(tmp_path):
     done = benchmark('loss', *TINY, '--bank-size', 4096, '--embed-dim', 16, '--json', tmp_path / 'a')
     assert done.returncode == 0, done.stderr
@@ -79,6 +80,7 @@ def test_every_variant_is_measured(tmp_path):
     assert len(done.stdout.splitlines()) == 2 + len(rows)
 
 
+@pytest.mark.slow
 def test_processes_of_one_thread_are_compared_with_one_process():
     env = dict(os.environ, OMP_NUM_THREADS='2')
     command = [sys.executable, str(REPOSITORY / 'benchmark.py'), 'processes', *map(str, NETWORK)]

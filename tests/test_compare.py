@@ -62,6 +62,7 @@ def test_moco_splits_the_batch_statistics_and_other_methods_keep_their_options(g
         check_method(method)
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_on_digits_does_only_what_is_missing(tmp_path):
     pytest.importorskip('lightly', reason='SimCLR is that of the lightly library')
     done = compare(*DIGITS, '--methods', 'simclr', '--output', tmp_path)

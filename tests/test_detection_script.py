@@ -117,6 +117,7 @@ def test_killed_and_resumed_run_is_that_of_one_sitting(streets, tmp_path, monkey
     assert figures(again) == figures(results)
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_equal_parameters_and_evaluate_as_one_does(streets, tmp_path):
     done = run_torchrun(
         'tests/detection_worker.py', tmp_path, *MODEL, *TINY, *streets, '--batch-size', '1', '--masks')

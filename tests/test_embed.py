@@ -134,6 +134,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(encoder, photos, tmp_
         assert whole.read_bytes() == killed.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(encoder, photos, tmp_path):
     embed(encoder, tmp_path / 'one.parquet', '--data-dir', photos)
     done = run_torchrun(

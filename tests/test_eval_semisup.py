@@ -216,6 +216,7 @@ def test_bad_input_is_one_line_that_names_the_option(encoder, tmp_path, capsys, 
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_every_image_once(encoder, tmp_path):
     done = run_torchrun(
         'eval_semisup.py', '--model', f'local-dir:{encoder}', *DIGITS, '--batch-size', '64', '--percent', '10',

@@ -93,6 +93,7 @@ TINY = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in
         '--log-interval', 4]
 
 
+@pytest.mark.slow
 def test_two_runs_on_digits_give_the_comparison(tmp_path):
     pytest.importorskip('matplotlib', reason='drawn by matplotlib')
     for name, options in (('cgh', ()), ('ressl', ('--context', 'global'))):

@@ -12,7 +12,8 @@ import timm
 
 from timm_cgh.arguments import Parser, arguments_of
 from timm_cgh.errors import InputError
-from timm_cgh.hub.publish import check_repo_id, table_row, upload, write_args, write_folder
+from timm_cgh.hub.publish import check_repo_id, table_row, upload, write_args, write_classifier, write_folder
+from timm_cgh.models.backbone import read_config
 from timm_cgh.train.portable import TASK_FILE, write_portable
 from timm_cgh.train.resume import find_checkpoint
 
@@ -20,7 +21,8 @@ _logger = logging.getLogger('hub')
 
 # no option takes a token: the Hub's client has it from HF_TOKEN or `hf auth login`
 parser = Parser(__doc__)
-parser.add_argument('export', metavar='RUN/export', help='export folder, in the folder of its run')
+parser.add_argument('export', metavar='RUN/export',
+                    help='export folder, in the folder of its run of train.py or finetune.py')
 parser.add_argument('--repo-id', metavar='OWNER/NAME', required=True, help='repository on the Hub')
 parser.add_argument('--private', action='store_true', help='create a private repository')
 parser.add_argument('--revision', metavar='BRANCH', help='branch on the Hub; default main')
@@ -37,12 +39,28 @@ parser.add_argument('--license', metavar='ID', default='apache-2.0',
 parser.add_argument('--code', metavar='OWNER/REPO', help='GitHub repository of this code, for the card; default: none')
 
 
+def publish_classifier(args):
+    """Write and upload the result of finetune.py."""
+    if args.include_task:
+        raise InputError('include_task: a classifier has no state of pre-training')
+    folder = Path(args.output or Path(args.export).parent / 'hub')
+    write_classifier(folder=folder, **arguments_of(write_classifier, args))
+    names = ['model.safetensors', 'config.json', 'README.md']
+    _logger.info(f"{folder}: {', '.join(names)}")
+    if not args.dry_run:
+        commit = upload(folder, names, args.repo_id, args.private, args.revision)
+        _logger.info(f"Published: timm.create_model('hf-hub:{args.repo_id}@{commit}', pretrained=True)")
+    return 0
+
+
 def main(argv=None):
     args = parser.parse_args(argv)
     logging.basicConfig(format='%(message)s')
     _logger.setLevel(logging.INFO)
     check_repo_id(args.repo_id)
-    run = Path(args.export).parent
+    run, config = Path(args.export).parent, Path(args.export, 'config.json')
+    if config.is_file() and read_config(config).get('num_classes'):
+        return publish_classifier(args)
     folder = Path(args.output or run / 'hub')
     checkpoint = find_checkpoint(str(run))
     state = checkpoint and checkpoint.state

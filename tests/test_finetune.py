@@ -4,9 +4,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from timm.data import resolve_data_config
 
 import finetune as script
+from backbones import equal
 from data_files import write_images
 from evaluations import CPU, load_export, stop_after_saving
 from input_errors import check_refused
@@ -106,6 +108,18 @@ def test_export_is_a_classifier_of_the_reported_accuracy(photos, tuned):
     (images, labels), = create_eval_loader(data.val, config, batch_size=8)
     with torch.no_grad():
         assert 100 * (model(images).argmax(dim=1) == labels).double().mean() == results['top1']
+
+
+def test_a_classifier_is_published_with_its_classes_and_result(tuned, tmp_path):
+    output, results = tuned
+    args = [output / 'export', '--repo-id', 'me/pets', '--output', tmp_path / 'hub', '--dry-run', '--dataset', 'pets']
+    assert call_script('publish', *args, '--results', f'{output}.json') == 0
+    card = ModelCard.load(tmp_path / 'hub' / 'README.md')
+    assert card.data.pipeline_tag == 'image-classification' and 'on pets into a classifier of 2 classes' in card.content
+    assert 'cat, dog' in card.content and f"| {results['top1']:.2f} |" in card.content
+    published, exported = load_export(tmp_path / 'hub'), load_export(output / 'export')
+    assert published.pretrained_cfg['label_names'] == ['cat', 'dog'] and published.pretrained_cfg['license']
+    assert equal(published.state_dict(), exported.state_dict())
 
 
 def test_the_best_epoch_is_exported_not_the_last(photos, tmp_path, monkeypatch):

@@ -7,20 +7,22 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
 from timm_cgh.data import data_name
-from timm_cgh.download import hub_reason, redact
+from timm_cgh.download import HUB_PREFIX, hub_reason, redact
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_rows, read_yaml, write_yaml
+from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_json, read_rows, read_yaml, write_yaml
 from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
 from .results import read_knn_checks, read_result
 
-__all__ = ['check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_args', 'write_folder']
+__all__ = [
+    'check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_args', 'write_classifier',
+    'write_folder']
 
 # options that hold for one machine or one start only
 _LOCAL_OPTIONS = (
@@ -185,6 +187,63 @@ def write_folder(
             with atomic_write(folder / name) as file:
                 file.write(text)
     return facts
+
+
+def write_classifier(
+        export: Union[str, Path],
+        folder: Union[str, Path],
+        repo_id: str,
+        revision: Optional[str] = None,
+        results: Sequence[str] = (),
+        dataset: Optional[str] = None,
+        license: str = 'apache-2.0',
+        code: Optional[str] = None,
+        float16: bool = False,
+) -> None:
+    """Write what is published of a fine-tuned classifier: weights, `config.json` and a model card.
+
+    Args:
+        export: a classifier in timm's hub format
+        results: JSON files that finetune.py wrote; they name the images unless `dataset` does
+        others: see `write_folder`
+
+    Raises:
+        InputError: a broken export or results, or a folder that cannot be written
+    """
+    export, folder = Path(export), Path(folder)
+    if folder.resolve() == export.resolve() or (folder / 'summary.csv').exists():
+        raise InputError(f'output={folder}: holds a run, whose files would be overwritten')
+    config, model = check_folder(export), load_folder(export)
+    found = [read_json(path) for path in results]
+    for path, result in zip(results, found):
+        if lacking := sorted({'dataset', 'protocol', 'top1', 'val_images', 'val_split'} - result.keys()):
+            raise InputError(f'{path}: has no {lacking[0]}; give results of `finetune`')
+    config['pretrained_cfg'].update(license=license)
+    dataset = dataset or next((result['dataset'] for result in found), 'labelled images')
+    data = ModelCardData(
+        license=license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', config['architecture']],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name('classifier_card.md')),
+        repo_id=repo_id,
+        architecture=config['architecture'],
+        dataset=dataset,
+        names=config.get('label_names') or [str(number) for number in range(config['num_classes'])],
+        code=code,
+        results=found,
+        hub_name=HUB_PREFIX + repo_id + (f'@{revision}' if revision else ''),
+        input_size=config['pretrained_cfg']['input_size'],
+    )
+    with checking('output', folder, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_weights(export, model.state_dict(), folder / 'model.safetensors', float16)
+        for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', redact(str(card)))):
+            with atomic_write(folder / name) as file:
+                file.write(text)
 
 
 def table_row(facts: Facts, commit: str) -> str:

@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, fraction, natural, positive)
+from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
@@ -61,8 +62,7 @@ def choose_settings(args):
     """Check the options, and choose what is not given."""
     if not args.output:
         raise InputError('output: say where the classifier goes')
-    if args.scale[0] > args.scale[1]:
-        raise InputError(f'scale={args.scale[0]:g} {args.scale[1]:g}: the first must not exceed the second')
+    check_range('scale', args.scale)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
     if args.warmup_epochs >= args.epochs:

@@ -27,6 +27,7 @@ from timm_cgh.arguments import (
     positive, random_seed)
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.fingerprint import fingerprint
+from timm_cgh.data.sources import create_decoding
 from timm_cgh.distributed import end_process, init_process
 from timm_cgh.errors import InputError, checking, redact
 from timm_cgh.eval.features import FeatureExtractor
@@ -308,26 +309,29 @@ def build_loader(args, dataset, views, process):
     return loader
 
 
+def open_knn_images(args, dataset):
+    """Labelled images to search and to classify, None where there are none; and their description."""
+    if not args.knn_dir:
+        source = {**arguments_of(open_knn_datasets, args), **arguments_of(open_dataset, args)}
+        train = None if is_stream(dataset) else dataset
+        return open_knn_datasets(**source, max_images=args.knn_images, train=train)
+    decoding = arguments_of(create_decoding, args)
+    try:
+        sets, description = open_knn_datasets(
+            '', args.knn_dir, None, None, max_images=args.knn_images, seed=args.seed, **decoding)
+    except InputError as error:
+        raise InputError(str(error).replace('data_dir', 'knn_dir')) from error
+    if sets is None:
+        raise InputError(f'knn_dir={args.knn_dir}: {description}')
+    return sets, f'{len(sets[1])} images of {args.knn_dir} against {len(sets[0])} others there'
+
+
 def build_monitor(args, dataset, data_config, process):
     """kNN evaluation along training, None where it is switched off or no images are labelled."""
     if not args.knn_interval:
         _logger.info('kNN: switched off (--knn-interval 0)')
         return None
-    source = {**arguments_of(open_knn_datasets, args), **arguments_of(open_dataset, args)}
-    train = None if is_stream(dataset) else dataset
-    if args.knn_dir:
-        train, source = None, dict(
-            dataset='', data_dir=args.knn_dir, train_split='train', val_split=None, seed=args.seed,
-            in_chans=args.in_chans, pixel_range=args.pixel_range, max_pixels=args.max_pixels,
-            exif_orientation=args.exif_orientation)
-    try:
-        sets, description = open_knn_datasets(**source, max_images=args.knn_images, train=train)
-    except InputError as error:
-        raise InputError(str(error).replace('data_dir', 'knn_dir') if args.knn_dir else str(error)) from error
-    if args.knn_dir:
-        if sets is None:
-            raise InputError(f'knn_dir={args.knn_dir}: {description}')
-        description = f'{len(sets[1])} images of {args.knn_dir} against {len(sets[0])} others there'
+    sets, description = open_knn_images(args, dataset)
     _logger.info(f'kNN: {description}')
     if sets is None:
         return None

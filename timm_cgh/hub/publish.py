@@ -107,6 +107,17 @@ def _write_weights(export: Path, state: Dict[str, torch.Tensor], target: Path, f
         return hashlib.sha256(temp.read_bytes()).hexdigest()
 
 
+def _check_target(export: Path, folder: Path) -> None:
+    if folder.resolve() == export.resolve() or (folder / 'summary.csv').exists():
+        raise InputError(f'output={folder}: holds a run, whose files would be overwritten')
+
+
+def _write_texts(folder: Path, config: Mapping[str, Any], card: str) -> None:
+    for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', card)):
+        with atomic_write(folder / name) as file:
+            file.write(text)
+
+
 def write_folder(
         export: Union[str, Path],
         folder: Union[str, Path],
@@ -140,8 +151,7 @@ def write_folder(
             that cannot be written
     """
     export, folder = Path(export), Path(folder)
-    if folder.resolve() == export.resolve() or (folder / 'summary.csv').exists():
-        raise InputError(f'output={folder}: holds a run, whose files would be overwritten')
+    _check_target(export, folder)
     args = read_args(export.parent)
     resolved = export.parent / 'resolved.yaml'
     settled = read_yaml(resolved).get('options', {}) if resolved.exists() else {}
@@ -183,9 +193,7 @@ def write_folder(
             task=include_task,
             code=code,
         )
-        for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', str(model_card(facts)))):
-            with atomic_write(folder / name) as file:
-                file.write(text)
+        _write_texts(folder, config, str(model_card(facts)))
     return facts
 
 
@@ -211,8 +219,7 @@ def write_classifier(
         InputError: a broken export or results, or a folder that cannot be written
     """
     export, folder = Path(export), Path(folder)
-    if folder.resolve() == export.resolve() or (folder / 'summary.csv').exists():
-        raise InputError(f'output={folder}: holds a run, whose files would be overwritten')
+    _check_target(export, folder)
     config, model = check_folder(export), load_folder(export)
     found = [read_json(path) for path in results]
     for path, result in zip(results, found):
@@ -241,9 +248,7 @@ def write_classifier(
     with checking('output', folder, OSError):
         folder.mkdir(parents=True, exist_ok=True)
         _write_weights(export, model.state_dict(), folder / 'model.safetensors', float16)
-        for name, text in (('config.json', json.dumps(config, indent=2) + '\n'), ('README.md', redact(str(card)))):
-            with atomic_write(folder / name) as file:
-                file.write(text)
+        _write_texts(folder, config, redact(str(card)))
 
 
 def table_row(facts: Facts, commit: str) -> str:

@@ -1,8 +1,6 @@
 """A Mask R-CNN with a pyramid on the smallest architecture of each of timm's model modules (`-m slow`)."""
-import csv
 import os
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,9 +9,8 @@ import torch
 from timm_cgh.errors import InputError
 from timm_cgh.eval.detection import create_detector
 from timm_cgh.eval.detection.maps import last_stage, measure_maps
-from timm_cgh.files import atomic_write
 from timm_cgh.models import create_backbone
-from zoo import SMALLEST
+from zoo import SMALLEST, write_row
 
 QUICK = ('convnext', 'mobilenetv3', 'regnet', 'resnet', 'vision_transformer', 'vision_transformer_relpos')
 
@@ -77,19 +74,6 @@ def check_module(module):
     return Row(
         module, architecture, f"{'only ' * layout.fixed}{layout.multiple}", ' '.join(f'{s:g}' for s in strides),
         round(100 * sum(detector.unused.values()) / total, 1), splits, round(time.perf_counter() - began, 1))
-
-
-def write_row(row, path):
-    """Add a row to a table, or replace the module's; the file is whole at any moment."""
-    rows = {}
-    if Path(path).exists():
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = {old['module']: old for old in csv.DictReader(file)}
-    rows[row.module] = row._asdict()
-    with atomic_write(path) as file:
-        writer = csv.DictWriter(file, fieldnames=Row._fields, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows[module] for module in sorted(rows))
 
 
 @pytest.mark.parametrize('module', QUICK)

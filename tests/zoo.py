@@ -207,13 +207,12 @@ def check_module(module, architecture, img_size, batch_size=2, momentum=0.9):
 
 def write_row(row, path):
     """Add a row to a table, or replace the module's; the file is whole at any moment."""
-    path = Path(path)
     rows = {}
-    if path.exists():
+    if Path(path).exists():
         with open(path, newline='', encoding='utf-8') as file:
             rows = {old['module']: old for old in csv.DictReader(file)}
     rows[row.module] = row._asdict()
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, fieldnames=Row._fields, lineterminator='\n')
+        writer = csv.DictWriter(file, fieldnames=row._fields, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows[module] for module in sorted(rows))

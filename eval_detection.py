@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    Parser, add_model_arguments, arguments_of, at_least_one, fraction, natural, non_negative, positive)
+    Parser, add_model_arguments, arguments_of, at_least_one, autocast_dtype, fraction, natural, non_negative, positive)
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError
 from timm_cgh.eval import detection
@@ -139,7 +139,7 @@ def choose_settings(args):
     if args.bn == 'sync' and not on_gpu:
         raise InputError('bn=sync: GPUs only, on a CPU take local')
     args.bn = args.bn or ('sync' if on_gpu else 'local')
-    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    args.amp_dtype = autocast_dtype(args)
 
 
 def open_data(args, in_chans, masks, classes=None):

@@ -15,13 +15,13 @@ import time
 # On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.utils.data import Subset
 
 from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, fraction, natural, positive)
+    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, autocast_dtype, fraction,
+    natural, positive)
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
@@ -170,7 +170,7 @@ def main(argv=None):
     state = find_state(args.output, args.resume, settings)
     start_epoch, best = (0, None) if state is None else (state['epoch'], state['best'])
 
-    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     images = Subset(data.train, extractor.find_readable(data.train).tolist())
     tuning = create_tuning(args, backbone, data, images, extractor)

@@ -11,12 +11,12 @@ import sys
 # On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.predictions import ENDINGS, TopClasses, load_classifier, write_predictions
-from timm_cgh.arguments import Parser, add_image_arguments, add_run_arguments, arguments_of, at_least_one
+from timm_cgh.arguments import (
+    Parser, add_image_arguments, add_run_arguments, arguments_of, at_least_one, autocast_dtype)
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError
 from timm_cgh.eval import FeatureExtractor
@@ -60,7 +60,7 @@ def main(argv=None):
     _logger.info(
         f'{args.model}: {len(images.names)} images, {len(classifier.names)} classes, on {process.device}')
 
-    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(classifier.data_config, process, **arguments_of(FeatureExtractor, args))
     model = extractor.prepare(TopClasses(classifier.model, min(args.top, len(classifier.names))))
     with logging_redirect_tqdm():

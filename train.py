@@ -23,8 +23,8 @@ from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    KeyValues, Parser, add_decoding_arguments, arguments_of, at_least_one, deviation, fraction, natural, non_negative,
-    positive, random_seed)
+    KeyValues, Parser, add_dataset_arguments, add_decoding_arguments, add_device_arguments, arguments_of, at_least_one,
+    autocast_dtype, deviation, fraction, natural, non_negative, positive)
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.data.sources import create_decoding
@@ -67,15 +67,7 @@ group.add_argument('--train-split', metavar='NAME', default='train',
                    help='split, or subfolder of --data-dir, to train on')
 group.add_argument('--val-split', metavar='NAME',
                    help='labelled split for kNN; default: found, or a fifth of the images')
-group.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ and other data sets')
-group.add_argument('--dataset-trust-remote-code', action='store_true',
-                   help='allow data sets of the Hub to run their own code')
-group.add_argument('--class-map', metavar='FILE', default='',
-                   help="timm's file of class names and their numbers; default: names in order")
-group.add_argument('--input-key', metavar='NAME',
-                   help="column of the images in a table; default: timm's for the data set")
-group.add_argument('--target-key', metavar='NAME',
-                   help="column of the labels in a table; default: timm's for the data set")
+add_dataset_arguments(group)
 group.add_argument('--num-samples', metavar='N', type=at_least_one,
                    help="images per epoch of a stream; default: the stream's own number")
 add_decoding_arguments(group)
@@ -240,12 +232,7 @@ group.add_argument('--log-interval', type=at_least_one, default=50, metavar='N',
 group.add_argument('--log-wandb', action='store_true', help='report to Weights & Biases')
 group.add_argument('--wandb-project', metavar='NAME', default='timm-cgh', help='project of --log-wandb')
 group.add_argument('--log-tensorboard', action='store_true', help='write a log for TensorBoard')
-group.add_argument('--seed', type=random_seed, default=42, metavar='N', help='seed of everything random')
-group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda, cuda:1, ...')
-group.add_argument('--amp', action='store_true', help='mixed precision, by torch.autocast')
-group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
-                   help='type of the numbers under --amp')
-group.add_argument('--channels-last', action='store_true', help='memory format of convolutions, often faster on GPUs')
+add_device_arguments(group)
 group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
                    help='compile the step with torch.compile, by BACKEND or inductor; default: off')
 
@@ -253,7 +240,7 @@ group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKE
 def train_one_epoch(args, run, epoch):
     """Train from where the run stands to the end of the epoch, or until the run must stop."""
     task, optimizer, scaler = run.task, run.optimizer, run.scaler
-    device_type, amp_dtype = run.process.device.type, getattr(torch, args.amp_dtype)
+    device_type, amp_dtype = run.process.device.type, autocast_dtype(args)
     parameters = list(task.student.parameters())
     task.train()
     for step in run.steps(epoch):
@@ -335,14 +322,13 @@ def build_monitor(args, dataset, data_config, process):
     _logger.info(f'kNN: {description}')
     if sets is None:
         return None
-    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     size = data_config['input_size'] if args.knn_img_size is None else (args.in_chans, *2 * [args.knn_img_size])
     return KnnMonitor(*sets, FeatureExtractor(
         {**data_config, 'input_size': size},
         process,
         batch_size=args.batch_size,
         workers=args.workers,
-        amp_dtype=amp_dtype,
+        amp_dtype=autocast_dtype(args),
         channels_last=args.channels_last,
     ))
 
@@ -355,8 +341,7 @@ def build_quality(args, dataset, views, to_device):
     some = np.sort(np.random.default_rng(args.seed).permutation(num_images(dataset))[:count])
     loader = create_view_loader(
         Subset(dataset, some.tolist()), views, min(args.batch_size, count), args.seed)
-    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    return QualityMonitor(loader, to_device, amp_dtype, args.channels_last)
+    return QualityMonitor(loader, to_device, autocast_dtype(args), args.channels_last)
 
 
 def prepare_optimization(args, task, steps, process):

@@ -17,9 +17,10 @@ from .errors import DEBUG, InputError, full_disk
 from .files import read_yaml
 
 __all__ = [
-    'KeyValues', 'Parser', 'add_decoding_arguments', 'add_evaluation_arguments', 'add_image_arguments',
-    'add_model_arguments', 'add_run_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one',
-    'deviation', 'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
+    'KeyValues', 'Parser', 'add_dataset_arguments', 'add_decoding_arguments', 'add_device_arguments',
+    'add_evaluation_arguments', 'add_image_arguments', 'add_model_arguments', 'add_run_arguments',
+    'add_training_arguments', 'arguments_of', 'at_least_one', 'autocast_dtype', 'deviation', 'fraction',
+    'natural', 'non_negative', 'positive', 'random_seed']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
@@ -56,6 +57,11 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]
     """
     names = inspect.signature(function).parameters
     return {name: value for name, value in vars(args).items() if name in names}
+
+
+def autocast_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:
+    """The type of `--amp-dtype` where there is `--amp`."""
+    return getattr(torch, args.amp_dtype) if args.amp else None
 
 
 class KeyValues(ParseKwargs):
@@ -235,6 +241,32 @@ def add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
                        help='turn images as their EXIF tag says')
 
 
+def add_dataset_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options of a labelled data set that depend on its kind."""
+    group.add_argument('--dataset-download', action='store_true',
+                       help='allow the download of torch/ and other data sets')
+    group.add_argument('--dataset-trust-remote-code', action='store_true',
+                       help='allow data sets of the Hub to run their own code')
+    group.add_argument('--class-map', metavar='FILE', default='',
+                       help="timm's file of class names and their numbers; default: names in order")
+    group.add_argument('--input-key', metavar='NAME',
+                       help="column of the images in a table; default: timm's for the data set")
+    group.add_argument('--target-key', metavar='NAME',
+                       help="column of the labels in a table; default: timm's for the data set")
+
+
+def add_device_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add where and with which precision a network runs, and the seed."""
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                       help='cpu, cuda, cuda:1, ...')
+    group.add_argument('--amp', action='store_true', help='mixed precision, by torch.autocast')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
+                       help='type of the numbers under --amp')
+    group.add_argument('--channels-last', action='store_true',
+                       help='memory format of convolutions, often faster on GPUs')
+    group.add_argument('--seed', type=random_seed, default=42, metavar='N', help='seed of everything random')
+
+
 def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
     """Add the options of an evaluation of classification: the groups Data, Model and Run.
 
@@ -252,16 +284,7 @@ def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
     group.add_argument('--val-split', metavar='NAME', default=None if hold_out else 'validation',
                        help='split to evaluate on; default: validation (a folder may be called val or valid)' + (
                            ', else a fifth of the training images of each class' if hold_out else ''))
-    group.add_argument('--dataset-download', action='store_true',
-                       help='allow the download of torch/ and other data sets')
-    group.add_argument('--dataset-trust-remote-code', action='store_true',
-                       help='allow data sets of the Hub to run their own code')
-    group.add_argument('--class-map', metavar='FILE', default='',
-                       help="timm's file of class names and their numbers; default: names in order")
-    group.add_argument('--input-key', metavar='NAME',
-                       help="column of the images in a table; default: timm's for the data set")
-    group.add_argument('--target-key', metavar='NAME',
-                       help="column of the labels in a table; default: timm's for the data set")
+    add_dataset_arguments(group)
     add_decoding_arguments(group)
     add_model_arguments(parser)
 
@@ -322,14 +345,7 @@ def add_run_arguments(parser: Parser, results: bool = True) -> None:
                        help='processes that read images, for each process of the job')
     group.add_argument('-b', '--batch-size', type=at_least_one, default=256, metavar='N',
                        help='images in a batch of one process')
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                       help='cpu, cuda, cuda:1, ...')
-    group.add_argument('--amp', action='store_true', help='mixed precision, by torch.autocast')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
-                       help='type of the numbers under --amp')
-    group.add_argument('--channels-last', action='store_true',
-                       help='memory format of convolutions, often faster on GPUs')
-    group.add_argument('--seed', type=random_seed, default=42, metavar='N', help='seed of everything random')
+    add_device_arguments(group)
     if not results:
         return
     group.add_argument('--output', metavar='DIR', help='folder for plots and other files; default: none are written')

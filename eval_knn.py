@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import save_file
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
+from timm_cgh.arguments import (
+    Parser, add_evaluation_arguments, arguments_of, at_least_one, autocast_dtype, natural, positive)
 from timm_cgh.data import image_mode
-from timm_cgh.data.decode import decode_picture, read_image
+from timm_cgh.data.decode import read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor, Pixels, best_knn
@@ -83,15 +84,10 @@ def save_retrieval(args, data, mode, train, val):
     count = len(val.labels)
     queries = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:args.queries].sort().values
     neighbours = nearest_neighbors(train.features, val.features[queries], min(9, len(train.labels)))
-
-    def read(dataset, index):
-        image, label = read_image(dataset, int(index), mode, decode_picture)
-        image.thumbnail((160, 160))
-        return image, label
-
     rows = []
     for query, found in zip(val.indices[queries], train.indices[neighbours]):
-        images = [read(data.val, query), *(read(data.train, index) for index in found)]
+        shown = [(data.val, int(query)), *((data.train, int(index)) for index in found)]
+        images = [read_thumbnail(dataset, index, mode) for dataset, index in shown]
         names = [data.class_names[label] if data.class_names else str(label) for _, label in images]
         rows.append([(image, name, label == images[0][1]) for (image, label), name in zip(images, names)])
     save_retrieval_grid(rows, os.path.join(args.output, 'retrieval.png'))
@@ -111,7 +107,7 @@ def main(argv=None):
         f'classes, {len(data.val)} validation images, on {process.device}')
 
     began = time.monotonic()
-    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     model = extractor.prepare(backbone.model)
     with logging_redirect_tqdm():

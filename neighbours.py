@@ -18,8 +18,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.apply.embeddings import Embeddings, read_embeddings
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours
-from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, fraction
-from timm_cgh.data.decode import UNREADABLE, read_image
+from timm_cgh.arguments import (
+    Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, autocast_dtype, fraction)
+from timm_cgh.data.decode import UNREADABLE, read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor, Pixels
@@ -51,7 +52,7 @@ def compute(args, process):
         args.no_pretrained = True
     backbone = load_backbone(**arguments_of(load_backbone, args))
     images = open_images(backbone.data_config, **arguments_of(open_images, args))
-    args.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     pixels = Pixels(backbone.data_config['mean'], backbone.data_config['std'])
     with logging_redirect_tqdm():
@@ -103,12 +104,11 @@ def save_grid(args, images, embeddings, rows, name, titles):
         for index in row:
             image_name = embeddings.names[index]
             try:
-                image, _ = read_image(images.dataset, places[image_name])
+                image, _ = read_thumbnail(images.dataset, places[image_name])
             except KeyError:
                 raise InputError(f'data_dir: has no {image_name}, which is in `embeddings`') from None
             except UNREADABLE:
                 continue
-            image.thumbnail((160, 160))
             label = os.path.basename(image_name)
             cosine = f'{unit[row[0]] @ unit[index]:.3f}\n' if index != row[0] else ''
             cells[-1].append((image, cosine + label, None))

@@ -27,7 +27,8 @@ except ImportError:
 
 __all__ = [
     'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_picture', 'decode_pixels',
-    'image_name', 'open_image', 'read_image', 'read_or_substitute', 'to_mode', 'to_uint8', 'upright_size']
+    'image_name', 'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8',
+    'upright_size']
 
 MAX_PIXELS = 2 * 89478485  # what Pillow decodes at most
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -281,6 +282,17 @@ def read_image(
             return convert(open_image(file, decoding), decoding), to_label(target)
     image, target = dataset[index][:2]
     return convert(image, decoding), to_label(target)
+
+
+def read_thumbnail(dataset: Dataset, index: int, mode: Optional[str] = None) -> Tuple[Image.Image, int]:
+    """Read an image to look at (see `decode_picture`), at most 160 px on a side, and its label.
+
+    Raises:
+        UNREADABLE: see `read_image`
+    """
+    image, label = read_image(dataset, index, mode, decode_picture)
+    image.thumbnail((160, 160))
+    return image, label
 
 
 def image_name(dataset: Dataset, index: int) -> str:

@@ -6,20 +6,20 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Dataset
 
 import timm_cgh
-from timm_cgh.data import ViewLoader, ViewsToDevice, image_mode
-from timm_cgh.data.decode import read_image, read_or_substitute
+from timm_cgh.data import ViewLoader, ViewsToDevice
+from timm_cgh.data.decode import read_or_substitute, read_thumbnail
 from timm_cgh.errors import redact
 from timm_cgh.eval.features import extract_features
+from timm_cgh.eval.knn import nearest_neighbors
 from timm_cgh.eval.loader import create_eval_loader, eval_crop_pct
 from timm_cgh.files import epochs_done, write_yaml
 from timm_cgh.models.export import export_backbone
@@ -89,14 +89,18 @@ def warn_if_flat(views: torch.Tensor) -> None:
             f'than 8 bits, `pixel_range` says which values are black and white.')
 
 
+def _spread(count: int) -> List[int]:
+    """Up to six of `count` indices, evenly spaced: of folders of classes, from several."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, 6)})
+
+
 def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> None:
     """Write `views.png`: some images, and their views as the networks see them in the first epoch.
 
     Not for streams.
     """
     views: Any = loader.loader.dataset
-    indices = sorted({round(i) for i in np.linspace(0, len(views) - 1, 6)})
-    batch = loader.read(indices)
+    batch = loader.read(_spread(len(views)))
     warn_if_flat(batch.views[0])
     images = [np.atleast_3d(read_or_substitute(views.dataset, index)[0]) for index in batch.index.tolist()]
     teacher, *student = (to_device.to_pixels(view).numpy() for view in to_device(batch))
@@ -123,19 +127,17 @@ def write_neighbours(
     """
     loader = create_eval_loader(images, data_config, 64, device=device, numbered=True)
     features, rows = extract_features(model, loader, device)
-    features, indices = F.normalize(features), rows[:, 1]
-    queries = sorted({round(i) for i in np.linspace(0, len(features) - 1, 6)})
-    similarity, found = (features[queries] @ features.T).topk(min(9, len(features)))
-
-    def read(place: int, caption: str) -> Tuple[Image.Image, str, None]:
-        image, _ = read_image(images, int(indices[place]), image_mode(data_config['input_size'][0]))
-        image.thumbnail((160, 160))
-        return image, caption, None
-
+    queries = _spread(len(features))
+    found = nearest_neighbors(features, features[queries], min(9, len(features)))
+    grid = []
+    for query, places in zip(queries, found.tolist()):
+        others = [place for place in places if place != query]
+        cosines = F.cosine_similarity(features[query], features[others])
+        captions = ['query', *(f'{cosine:.2f}' for cosine in cosines.tolist())]
+        indices = rows[[query, *others], 1].tolist()
+        grid.append([(read_thumbnail(images, index)[0], caption, None) for index, caption in zip(indices, captions)])
     save_retrieval_grid(
-        [[read(query, 'query'), *(read(p, f'{s:.2f}') for p, s in zip(places, row) if p != query)]
-         for query, places, row in zip(queries, found.tolist(), similarity.tolist())],
-        os.path.join(folder, 'neighbours.png'), 'Nearest training images, by cosine of the features')
+        grid, os.path.join(folder, 'neighbours.png'), 'Nearest training images, by cosine of the features')
 
 
 def describe_run(task: MomentumTask, model: str, method: str, context: str) -> str:

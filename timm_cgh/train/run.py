@@ -339,7 +339,7 @@ class Run:
             sample = self.quality.loader.loader.dataset.dataset
             write_neighbours(
                 self.folder, sample, self.task.student.backbone, self.data_config, self.process.device)
-        baselines = {'untrained': self.knn_before, 'raw pixels': self.knn_pixels}
+        baselines = {'kNN, untrained': self.knn_before, 'kNN, raw pixels': self.knn_pixels}
         selection = None if self.tracker is None else self.tracker.selection
         write_plots(self.folder, self.task, self.summary.rows, baselines, selection)
         if not self.finished:

@@ -1,4 +1,6 @@
 """Signals that ask a run to end."""
+import io
+import logging
 import os
 import re
 import signal
@@ -54,6 +56,36 @@ def test_a_signal_before_training_ends_in_one_line(tmp_path, signum):
             os.killpg(process.pid, signum)
     assert process.wait(60) == 128 + signum
     assert lines[-1] == f'Stopped by {signum.name} before training began\n' and 'Traceback' not in ''.join(lines)
+
+
+def test_a_signal_while_a_log_line_is_written_is_logged_whole(capsys):
+    class Pipe(io.RawIOBase):
+        text = ''
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not self.text:
+                self.text = 'interrupted: '
+                os.kill(os.getpid(), signal.SIGINT)
+            self.text += bytes(data).decode()
+            return len(data)
+
+    pipe, logger = Pipe(), logging.getLogger('train')
+    handler = logging.StreamHandler(io.TextIOWrapper(io.BufferedWriter(pipe)))
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.raises(SystemExit) as stopped, StopRequest():
+            logger.info('a line')
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert 'Stopped by SIGINT before training began' in pipe.text
+    assert 'Logging error' not in capsys.readouterr().err
 
 
 def test_a_signal_during_the_exchange_among_processes_is_not_lost(monkeypatch):

@@ -44,16 +44,17 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self.signum and not self.deferred:  # not in the handler: it may have interrupted a write to the same stream
+            _logger.info(f'Stopped by {self.name} before training began')
         for signum, handler in self._before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, signum: int, _: Any) -> None:
-        if not self.deferred:
-            _logger.info(f'Stopped by {signal.Signals(signum).name} before training began')
-            raise SystemExit(128 + signum)
         if signum == signal.SIGINT and self.signum:
             raise KeyboardInterrupt
         self.signum = signum
+        if not self.deferred:
+            raise SystemExit(128 + signum)
 
     @property
     def name(self) -> str:

@@ -1,4 +1,6 @@
-"""Folders of runs as train.py leaves them, for the tests of what reads them."""
+"""Folders of runs as train.py leaves them, for the tests of what reads them; the order of disk calls."""
+import os
+
 import yaml
 
 from timm_cgh.files import Summary
@@ -12,3 +14,15 @@ def write_run(folder, rows, **args):
         summary.add(row)
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     return folder
+
+
+def record_disk_calls(monkeypatch):
+    """List that gets `('fsync', inode)` and `(function of os that renames or removes, inode)` in their order."""
+    calls = []
+    for name in ('fsync', 'replace', 'rename', 'unlink', 'remove'):
+        def record(target, *args, name=name, real=getattr(os, name), **kwargs):  # noqa: B008
+            if name == 'fsync' or os.path.exists(target):
+                calls.append((name, os.stat(target).st_ino))
+            return real(target, *args, **kwargs)
+        monkeypatch.setattr(os, name, record)
+    return calls

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from run_folders import record_disk_calls
 from timm_cgh import create_task
 from timm_cgh.distributed import Process
 from timm_cgh.errors import InputError
@@ -52,6 +53,15 @@ def test_last_is_there_at_every_moment_of_a_save(saver, tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, spy)
     saver.save_checkpoint(1, metric=60.0)
     assert len(seen) > 6 and all(all(row) for row in seen)
+
+
+def test_a_checkpoint_is_on_the_disk_before_anything_older_is_removed(saver, tmp_path, monkeypatch):
+    saver.save_checkpoint(0, metric=50.0)
+    calls = record_disk_calls(monkeypatch)
+    for epoch in (1, 2, 3):
+        saver.save_checkpoint(epoch, metric=50.0 + epoch)
+        assert calls[0] == ('fsync', os.stat(tmp_path / 'last.pth.tar').st_ino) and len(calls) > 2
+        calls.clear()
 
 
 def test_without_a_metric_there_is_no_best(saver, tmp_path):

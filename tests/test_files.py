@@ -4,6 +4,7 @@ import stat
 import pytest
 
 from input_errors import refused
+from run_folders import record_disk_calls
 from timm_cgh.files import atomic_path, atomic_write, read_json, read_rows, read_yaml, write_yaml
 
 
@@ -34,6 +35,14 @@ def test_files_are_written_as_text_as_bytes_and_by_name(tmp_path):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='permissions of POSIX')
+def test_content_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch):
+    calls = record_disk_calls(monkeypatch)
+    with atomic_write(tmp_path / 'file') as file:
+        file.write('new')
+    inode = os.stat(tmp_path / 'file').st_ino
+    assert calls == [('fsync', inode), ('replace', inode)]
+
+
 def test_written_files_have_the_users_permissions(tmp_path):
     old = os.umask(0o022)
     try:

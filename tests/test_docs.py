@@ -139,6 +139,7 @@ QUICK = {
     'eval_detection': ['--device', 'cpu', '--workers', '0', '--iterations', '2', '--batch-size', '2'],
     'embed': ['--device', 'cpu', '--workers', '0', '--overwrite'],
     'predict': ['--device', 'cpu', '--workers', '0'],
+    'write_shards': ['--workers', '0'],
     'finetune': ['--device', 'cpu', '--workers', '0', '--epochs', '1', '--batch-size', '8'],
 }
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import REPOSITORY
-from script_runner import ENV
+from script_runner import ENV, call_script
 from timm_cgh.train.checkpoint import read_checkpoint
 from training import TINY, check_ok, command, make_images, read_summary, train
 
@@ -62,16 +62,14 @@ def sources(tmp_path_factory, images):
     flat = make_images(root / 'flat', classes=())
     with tarfile.open(root / 'images.tar', 'w') as tar:
         tar.add(images, arcname='.')
-    wds = pytest.importorskip('webdataset')
-    (root / 'shards').mkdir()
-    with wds.ShardWriter(str(root / 'shards' / 'shard-%06d.tar'), maxcount=12, verbose=0) as sink:
-        for i, path in enumerate(sorted(images.rglob('*.jpg'))):
-            sink.write({'__key__': f'{i:06d}', 'jpg': path.read_bytes(), 'cls': str(i % 2).encode()})
+    pytest.importorskip('webdataset')
+    shards = ['--output', root / 'shards', '--shard-images', '12', '--workers', '0']
+    assert call_script('write_shards', '--data-dir', images, *shards) == 0
     return {
         'folder': ['--data-dir', images],
         'flat': ['--data-dir', flat],
         'tar': ['--data-dir', root / 'images.tar'],
-        'wds': ['--dataset', 'wds/', '--data-dir', root / 'shards', '--train-split', 'shard-{000000..000001}.tar|24'],
+        'wds': ['--dataset', 'wds/', '--data-dir', root / 'shards'],
         'digits': ['--dataset', 'digits', '--in-chans', '1', '--hflip', '0', '--batch-size', '128'],
     }
 

@@ -20,6 +20,7 @@ _COMMANDS = {
     'neighbours': ('neighbours', 'find near-duplicates and outliers, without labels'),
     'publish': ('publish', 'upload weights and a model card to the Hugging Face Hub'),
     'convert': ('convert', 'write weights in other formats (torchvision, ONNX, ...)'),
+    'shards': ('write_shards', 'write images as WebDataset shards, to train on as a stream'),
     'plot': ('plot', 'plot runs over one another'),
 }
 

@@ -289,8 +289,8 @@ def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
     add_model_arguments(parser)
 
 
-def add_image_arguments(parser: Parser) -> None:
-    """Add the group Data of a job on images whose labels do not matter."""
+def add_image_arguments(parser: Parser, split: Optional[str] = None) -> None:
+    """Add the group Data of a job on images whose labels do not matter; `split` is the default of --split."""
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='PATH',
                        help='folder of images, uncompressed tar of them or single image, or root of --dataset; '
@@ -300,8 +300,9 @@ def add_image_arguments(parser: Parser) -> None:
     group.add_argument('--dataset', metavar='NAME', default='',
                        help="digits, or timm's torch/... or hfds/... (a folder of Parquet files too); "
                             'default: --data-dir')
-    group.add_argument('--split', metavar='NAME',
-                       help='split of the data set, or subfolder of --data-dir; default: all of a folder, else train')
+    group.add_argument('--split', metavar='NAME', default=split,
+                       help='split of the data set, or subfolder of --data-dir' + (
+                           '' if split else '; default: all of a folder, else train'))
     group.add_argument('--dataset-download', action='store_true', help='allow to download the data set; default: off')
     group.add_argument('--dataset-trust-remote-code', action='store_true',
                        help='allow data sets of the Hub to run their own code; default: off')

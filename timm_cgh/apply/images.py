@@ -15,7 +15,7 @@ from timm_cgh.errors import InputError, checking
 from timm_cgh.eval.features import why_unreadable
 from timm_cgh.files import atomic_write
 
-__all__ = ['NamedImages', 'find_unreadable', 'open_images', 'write_unreadable']
+__all__ = ['NamedImages', 'find_unreadable', 'open_images', 'unique_names', 'write_unreadable']
 
 
 class NamedImages(NamedTuple):
@@ -57,7 +57,7 @@ def _printable(name: str) -> str:
     return text.replace('\n', r'\n').replace('\r', r'\r')
 
 
-def _unique(names: List[str]) -> List[str]:
+def unique_names(names: List[str]) -> List[str]:
     """The names, with `#2`, `#3`, ... behind repeated ones (tables may hold files of several folders)."""
     if len(set(names)) == len(names):
         return names
@@ -127,7 +127,7 @@ def open_images(
             split_parameter='split',
         )
     names = file_names(images) or [f'image {index}' for index in range(len(images))]
-    return NamedImages(images, _unique([_printable(name) for name in names]))
+    return NamedImages(images, unique_names([_printable(name) for name in names]))
 
 
 def find_unreadable(

@@ -4,7 +4,7 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from PIL import Image
 from timm.data.readers.class_map import load_class_map
@@ -21,7 +21,7 @@ try:
 except ImportError:  # the constructor of timm's reader raises
     wds = None
 
-__all__ = ['FolderReader', 'ShardReader', 'TarReader', 'list_tars']
+__all__ = ['FolderReader', 'ShardReader', 'TarReader', 'image_endings', 'list_tars']
 
 _logger = logging.getLogger('data')
 _FORMATS = {  # still images; Pillow reads films, fonts and documents as well
@@ -42,6 +42,11 @@ class _File(NamedTuple):
     tar: str = ''
     offset: int = 0
     size: int = 0
+
+
+def image_endings() -> Set[str]:
+    """Endings of image files, in lower case and with the dot."""
+    return {ending for ending, name in Image.registered_extensions().items() if name in _FORMATS}
 
 
 def _is_hidden(name: str) -> bool:
@@ -147,9 +152,7 @@ class _FileReader(Reader):
     ):
         super().__init__()
         self.root = root
-        endings = set((input_key or '').lower().split(';')) if input_key else {
-            *(ending for ending, name in Image.registered_extensions().items() if name in _FORMATS),
-            *(('.npy',) if bands else ())}
+        endings = {*input_key.lower().split(';')} if input_key else {*image_endings(), *(('.npy',) if bands else ())}
         found = []
         for folders, file in files:
             ending = os.path.splitext(file.name)[1].lower()
@@ -235,7 +238,6 @@ class TarReader(_FileReader):
 
 
 _PIXEL = b'P5 1 1 255\n\0'  # timm decodes an image with each label
-_INPUT_KEYS = 'jpg;jpeg;jpe;jfif;png;webp;bmp;tif;tiff;gif;jp2;ppm;pgm;avif'  # timm's default misses .jpeg files
 
 
 def _redact_record(record: logging.LogRecord) -> bool:
@@ -253,16 +255,16 @@ class ShardReader(ReaderWds):
     `unreadable`, which the caller empties.
 
     Args:
-        input_key: extensions of the images, separated by `;`
+        input_key: extensions of the images, separated by `;`; default those of `FolderReader`
         decoding: of the images
         args, kwargs: those of timm's `ReaderWds`
     """
 
     def __init__(
             self, *args: Any, input_key: Optional[str] = None, decoding: Decoding = Decoding(), **kwargs: Any):
+        endings = [*sorted(image_endings()), *(('.npy',) if decoding.mode.isdigit() else ())]
         # timm renames every decoded image to jpg
-        bands = ';npy' if decoding.mode.isdigit() else ''
-        super().__init__(*args, input_key=f'{input_key or _INPUT_KEYS + bands};jpg', **kwargs)
+        super().__init__(*args, input_key=f"{input_key or ';'.join(endings).replace('.', '')};jpg", **kwargs)
         self.decoding = decoding
         self.unreadable: List[str] = []
 

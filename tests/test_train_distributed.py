@@ -18,6 +18,7 @@ def test_two_processes_train_by_torchrun(tmp_path, images):
     done = subprocess.run(torchrun(*args), env=ENV, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     text = check_ok(done)
     assert '3 batches of 4 x 2 an epoch' in text and text.count('Load the backbone') == 1
+    assert 'Warning' not in done.stderr
     assert len(read_summary(tmp_path / 'run')) == 2 and all(row['eval_knn'] for row in read_summary(tmp_path / 'run'))
     alone = check_ok(train(*args, '--epochs', 1, '--experiment', 'alone'))
     line = r'kNN top-1: raw pixels .*'  # and of the backbone before training: shared, the same

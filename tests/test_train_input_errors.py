@@ -56,6 +56,7 @@ from training import TINY, check_refused, make_images, train
     (['--device', 'meta'], ['--device meta']),
     (['--device', 'xpu'], ['--device xpu']),
     (['--opt', 'adahessian'], ['--opt adahessian']),
+    (['--opt', 'kron'], ['--opt kron: needs the opt_einsum package']),
     (['--opt-kwargs', 'nesterov=abc'], ['--opt momentum']),
     (['--opt-kwargs', 'nesterov'], ['--opt-kwargs', 'KEY=VALUE']),
     (['--model-kwargs', 'foo'], ['--model-kwargs', 'KEY=VALUE']),
@@ -71,7 +72,7 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(tmp_path, image
     (tmp_path / 'export' / 'config.json').touch()
     if '{single}' in args:
         make_images(tmp_path / 'single', count=1)
-    if args[0].startswith('--log-'):
+    if args[0].startswith('--log-') or 'kron' in args:
         monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     args, named = (
         [part.format(**{name: tmp_path / name for name in ('empty', 'export', 'single')}) for part in parts]

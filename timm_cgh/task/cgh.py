@@ -15,13 +15,16 @@ from .momentum import MomentumTask
 
 __all__ = ['CGHTask']
 
+# the name since torch 2.14, which warns of the former one
+_all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:
     """(B, ...) of this rank -> (B * world, ...) of all ranks, in their order. Collective: every rank must call."""
     if world_size() == 1:
         return rows
     out = rows.new_empty((len(rows) * world_size(), *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, rows.contiguous())
+    _all_gather(out, rows.contiguous())
     return out
 
 

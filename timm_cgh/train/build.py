@@ -1,4 +1,5 @@
 """The parts of a run: backbone, task, optimiser, schedule, evaluation."""
+import importlib.util
 import logging
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
@@ -172,6 +173,9 @@ def build_optimizer(student: nn.Module, no_decay_norm_bias: bool, **options: Any
     Raises:
         InputError: no such optimiser, or arguments that it does not take
     """
+    if options['opt'].endswith('kron') and importlib.util.find_spec('opt_einsum') is None:
+        # timm warns only, but its products then ask for 100 GB
+        raise InputError(f"opt={options['opt']}: needs the opt_einsum package (pip install opt_einsum)")
     if options['opt'] in ('momentum', 'sgd', 'adam', 'adamw') and not options.get('foreach'):
         options.setdefault('fused', True)  # one pass over the parameters, on any device
     with checking('opt', options['opt'], AssertionError, ImportError, RuntimeError, TypeError, ValueError):

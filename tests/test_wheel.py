@@ -20,8 +20,11 @@ from training import TINY, make_images
 def wheel(tmp_path_factory):
     """The wheel of the tracked files, and a folder that it is installed in."""
     source, folder = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('wheel')
-    ignored = shutil.ignore_patterns('.git', 'tests', 'output', 'data', 'build', '*.egg-info', '__pycache__', 'weights')
-    shutil.copytree(REPOSITORY, source, ignore=ignored, dirs_exist_ok=True)
+    for name in ('timm_cgh', 'configs'):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
+    for path in REPOSITORY.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
     subprocess.run([*pip, 'wheel', '--no-deps', '-w', folder, source], check=True)
     built, = folder.glob('timm_cgh-*.whl')
@@ -42,7 +45,8 @@ def test_wheel_holds_scripts_and_configurations_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel[0]).namelist()
     for name in ('train.py', 'eval_linear.py', 'publish.py', 'configs/digits.yaml', 'configs/eval_linear_small.yaml'):
         assert f'timm_cgh/scripts/{name}' in names
-    assert 'timm_cgh/hub/model_card.md' in names and 'timm_cgh/py.typed' in names
+    assert {'timm_cgh/hub/model_card.md', 'timm_cgh/py.typed', 'timm_cgh/data/digits.npz'} <= set(names)
+    assert any(name.endswith('/NOTICE') for name in names)  # the digits' source and licence
     assert not [name for name in names if 'test' in name or name.startswith(('train', 'setup', 'benchmark'))]
     assert (wheel[1] / 'bin' / 'timm-cgh').exists()
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
@@ -46,6 +48,16 @@ def test_search_agrees_with_scikit_learn(chunk):
 def test_clusters_are_what_pairs_connect():
     assert cluster_pairs(torch.tensor([[0, 4], [1, 2], [2, 7]]), 9) == [[1, 2, 7], [0, 4]]
     assert cluster_pairs(torch.empty(0, 2, dtype=torch.long), 9) == []
+
+
+@pytest.mark.parametrize('count', [10, 60, 120])
+def test_clusters_are_the_connected_components_of_scipy(count):
+    pairs = torch.randint(200, (count, 2), generator=torch.Generator().manual_seed(count))
+    graph = coo_array((np.ones(count), tuple(pairs.numpy().T)), shape=(200, 200))
+    _, labels = connected_components(graph, directed=False)
+    paired = np.unique(pairs)
+    expected = [paired[labels[paired] == label].tolist() for label in np.unique(labels[paired])]
+    assert cluster_pairs(pairs, 200) == sorted(expected, key=len, reverse=True)
 
 
 def test_features_that_cannot_be_compared_are_refused(monkeypatch):

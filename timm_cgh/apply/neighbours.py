@@ -4,8 +4,6 @@ from typing import List, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from timm_cgh.errors import InputError
 
@@ -73,8 +71,14 @@ def cluster_pairs(pairs: torch.Tensor, count: int) -> List[List[int]]:
         pairs: (P, 2) indices
         count: of all images
     """
-    graph = coo_array((np.ones(len(pairs)), tuple(pairs.numpy().T)), shape=(count, count))
-    _, labels = connected_components(graph, directed=False)
+    first, second = pairs.numpy().T
+    labels = np.arange(count)  # of each image the smallest index that it is known to be connected with
+    while (labels[first] != labels[second]).any():
+        smaller = np.minimum(labels[first], labels[second])
+        np.minimum.at(labels, labels[first], smaller)
+        np.minimum.at(labels, labels[second], smaller)
+        while (labels != labels[labels]).any():
+            labels = labels[labels]
     paired = np.unique(pairs.numpy())
     order = paired[np.argsort(labels[paired], kind='stable')]
     clusters = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a timm backbone on unlabelled images with CGH (cross-context learning, WACV 2024).
 
-    python train.py                                     # scikit-learn's digits, two minutes on two cores
+    python train.py                                     # UCI's handwritten digits, two minutes on two cores
     python train.py --data-dir images/ --model resnet50 --epochs 200
     torchrun --nproc_per_node 8 train.py --config my.yaml --data-dir imagenet/
 """
@@ -56,8 +56,8 @@ parser.add_argument('-c', '--config', metavar='FILE',
 
 group = parser.add_argument_group('Data')
 group.add_argument('--data-dir', metavar='DIR',
-                   help='folder of images (class folders or none), tar, root of --dataset; default: the digits of '
-                        'scikit-learn')
+                   help='folder of images (class folders or none), tar, root of --dataset; default: '
+                        "UCI's handwritten digits")
 group.add_argument('--dataset', metavar='NAME', default='',
                    help="digits, or timm's torch/..., hfds/..., hfids/..., wds/..., tfds/...; default: folder or tar")
 group.add_argument('--knn-dir', metavar='DIR',
@@ -273,7 +273,7 @@ def start_process(args):
     torch.backends.cuda.matmul.allow_tf32 = args.amp  # relation loss: within 1e-3, its sums in float32
     if args.config == DEFAULT_CONFIG:
         _logger.info(
-            "No --data-dir and no --dataset: training on scikit-learn's 1,797 handwritten digits (configs/digits.yaml)")
+            "No --data-dir and no --dataset: training on UCI's 1,797 handwritten digits (configs/digits.yaml)")
     return process
 
 

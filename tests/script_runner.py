@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 ENV = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(
-    ['torch', 'torchvision', 'timm', 'timm.optim', 'timm.scheduler', 'matplotlib.figure', 'sklearn.datasets'])
+    ['torch', 'torchvision', 'timm', 'timm.optim', 'timm.scheduler', 'matplotlib.figure'])
 
 
 def _main(script, args, cwd, out, err):

@@ -22,7 +22,7 @@ def test_without_data_it_trains_on_digits_and_leaves_all_files(tmp_path):
                           0,
                           '--knn-interval', 1, '--model', 'test_resnet', '--device', 'cpu'))
     folder = tmp_path / 'run'
-    assert "scikit-learn's 1,797 handwritten digits" in text
+    assert "UCI's 1,797 handwritten digits" in text
     assert re.search(r'kNN top-1: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 9[89]\.\d+ %', text)
     assert re.search(r'per class: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 6\d\.\d+ %', text)
     assert f"local-dir:{folder / 'export'}" in text

@@ -1,24 +1,28 @@
-"""scikit-learn's handwritten digits, a small data set that needs no download."""
+"""UCI's handwritten digits, a small data set that comes with the package."""
+from pathlib import Path
 from typing import ClassVar, List, Tuple
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from timm_cgh.errors import InputError
-
 from .decode import Decoding
 
 __all__ = ['Digits']
 
+_FILE = Path(__file__).with_name('digits.npz')
 _SPLIT_SEED = 0
 _TEST_SHARE = 5  # every fifth image of a class, in a shuffled order
 
 
 class Digits(Dataset):
-    """1,797 real handwritten digits, 8 x 8 px, 17 grey levels, 10 classes (UCI, through scikit-learn).
+    """1,797 real handwritten digits, 8 x 8 px, 17 grey levels, 10 classes.
 
     Items are (PIL image, label). A fixed fifth of each class is the validation split.
+
+    The images are the test set of Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, 1998, UCI
+    Machine Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), in the order of scikit-learn's
+    `load_digits`.
 
     Args:
         split: `train` or `validation`
@@ -26,7 +30,6 @@ class Digits(Dataset):
 
     Raises:
         ValueError: another split
-        InputError: scikit-learn is not installed
     """
 
     classes: ClassVar[List[str]] = [str(i) for i in range(10)]
@@ -34,21 +37,18 @@ class Digits(Dataset):
     def __init__(self, split: str = 'train', mode: str = 'L'):
         if split not in ('train', 'validation'):
             raise ValueError(f'digits has the splits train and validation, not {split}')
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise InputError('dataset=digits: needs scikit-learn (pip install scikit-learn)') from error
-        data = load_digits()
-        order = np.random.default_rng(_SPLIT_SEED).permutation(len(data.target))
+        with np.load(_FILE) as data:
+            images, labels = data['images'], data['labels']  # (1797, 8, 8) of 0 to 16, (1797,)
+        order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
         chosen: List[int] = []
         for digit in range(10):
-            members = order[data.target[order] == digit]
+            members = order[labels[order] == digit]
             test = np.arange(len(members)) % _TEST_SHARE == 0
             chosen.extend(members[test if split == 'validation' else ~test].tolist())
         chosen.sort()
         self.decoding = Decoding(mode)
-        self.images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
-        self.targets = data.target[chosen].tolist()
+        self.images = np.round(images[chosen].astype(float) * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+        self.targets = labels[chosen].tolist()
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -25,7 +25,7 @@ _OTHER_OPTIONS = (  # without a row of their own
     'opt_eps', 'opt_betas', 'opt_args', 'no_decay_norm_bias', 'warmup_lr', 'min_lr', 'decay_epochs', 'clip_grad',
     'clip_mode', 'features_only', 'method_kwargs',
 )
-_DATASETS = {'digits': "scikit-learn's digits (1,797 handwritten digits of 8 x 8 px)"}
+_DATASETS = {'digits': "UCI's handwritten digits (1,797 of 8 x 8 px)"}
 
 
 class Facts(NamedTuple):

@@ -163,7 +163,7 @@ def open_annotations(
 
     Args:
         dataset: `voc`: VOCdevkit; `coco`: its folders or any json file of its form; `masks`: images with instance
-            masks; `digits`: scenes composed of scikit-learn's digits
+            masks; `digits`: scenes composed of UCI's digits
         data_dir: its folder
         split: of VOC YEAR_SET, joined by +; of COCO NAME of `annotations/instances_NAME.json`, or a json file; of masks
             a folder, or `train` and `validation` by hashes of the images' names; of digits `train` and `validation`

@@ -1,4 +1,4 @@
-"""Scenes composed of scikit-learn's handwritten digits: detection data that needs no download."""
+"""Scenes composed of UCI's handwritten digits: detection data that needs no download."""
 from functools import partial
 from typing import Any, Dict, List, Tuple
 

@@ -79,7 +79,7 @@ def write_table(folder, name, header, rows):
         writer.writerows(rows)
 
 
-def write_tables(folder, names, found, clusters, distances):
+def write_tables(folder, names, found, clusters, outliers):
     """Write neighbours, pairs, clusters and outliers."""
     write_table(folder, 'neighbours.csv', ['file_name', 'rank', 'neighbour', 'cosine'], (
         [names[index], rank, names[other], f'{cosine:.6f}']
@@ -91,7 +91,7 @@ def write_tables(folder, names, found, clusters, distances):
     write_table(folder, 'clusters.csv', ['cluster', 'file_name'], (
         [number, names[index]] for number, cluster in enumerate(clusters, start=1) for index in cluster))
     write_table(folder, 'outliers.csv', ['file_name', 'distance'], (
-        [names[index], f'{distances[index]:.6f}'] for index in distances.argsort(descending=True)))
+        [names[index], f'{found.distances[index]:.6g}'] for index in outliers))
 
 
 def save_grid(args, images, embeddings, rows, name, titles):
@@ -130,21 +130,21 @@ def main(argv=None):
 
     if process.primary:
         found = find_neighbours(embeddings.features.to(process.device), args.k, args.threshold)
-        clusters, distances = cluster_pairs(found.pairs, len(names)), found.outlyingness()
+        clusters = cluster_pairs(found.pairs, len(names))
+        outliers = found.distances.argsort(descending=True)
         with checking('output', args.output, OSError):
-            write_tables(args.output, names, found, clusters, distances)
+            write_tables(args.output, names, found, clusters, outliers)
             if images:
                 nearest = torch.cat([torch.arange(len(names))[:, None], found.indices[:, :8]], dim=1).tolist()
                 shown = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))[:args.rows]
-                outliers = distances.argsort(descending=True)[:args.rows]
                 for rows, name, titles in (
                         ([nearest[i] for i in shown], 'retrieval.png', ('query', 'nearest →')),
                         ([cluster[:9] for cluster in clusters[:args.rows]], 'duplicates.png', ('one of', 'cluster →')),
-                        ([nearest[i] for i in outliers], 'outliers.png', ('outlier', 'nearest →'))):
+                        ([nearest[i] for i in outliers[:args.rows]], 'outliers.png', ('outlier', 'nearest →'))):
                     save_grid(args, images, embeddings, rows, name, titles)
         _logger.info(
             f'{args.output}: {len(names)} images, {len(found.pairs)} pairs of near-duplicates in {len(clusters)} '
-            f'clusters, strongest outlier {names[distances.argmax()]}')
+            f'clusters, strongest outlier {names[outliers[0]]}')
     end_process(process)
     return 0
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
@@ -38,7 +38,8 @@ def test_search_agrees_with_scikit_learn(chunk):
     distances, indices = NearestNeighbors(n_neighbors=4, metric='cosine').fit(features).kneighbors()
     assert np.array_equal(found.indices, indices)
     np.testing.assert_allclose(found.cosines, 1 - distances, atol=1e-5)
-    np.testing.assert_allclose(found.outlyingness(), distances.mean(axis=1), atol=1e-5)
+    euclidean, _ = NearestNeighbors(n_neighbors=4).fit(features).kneighbors()
+    np.testing.assert_allclose(found.distances, euclidean.mean(axis=1), atol=1e-5)
     unit = torch.nn.functional.normalize(features, dim=1)
     similar = {(i, j) for i in range(60) for j in range(i + 1, 60) if unit[i] @ unit[j] >= 0.8}
     assert {tuple(pair) for pair in found.pairs.tolist()} == similar and similar
@@ -68,10 +69,15 @@ def test_features_that_cannot_be_compared_are_refused(monkeypatch):
         find_neighbours(torch.ones(10, 2))
 
 
-def test_planted_duplicates_are_all_found(shared_data, tmp_path):
+def read_photographs(shared_data, step):
+    """Every `step`-th of 2,000 photographs of 64 px."""
     table = pytest.importorskip('pyarrow.parquet').read_table(
         shared_data / 'tiny-imagenet' / 'validation-00000-of-00001.parquet', columns=['image'])
-    images = [Image.open(io.BytesIO(item['bytes'])).convert('RGB') for item in table['image'][:2000:25].to_pylist()]
+    return [Image.open(io.BytesIO(item['bytes'])).convert('RGB') for item in table['image'][:2000:step].to_pylist()]
+
+
+def test_planted_duplicates_are_all_found(shared_data, tmp_path):
+    images = read_photographs(shared_data, 25)
     folder = tmp_path / 'images'
     folder.mkdir()
     planted = set()
@@ -109,6 +115,20 @@ def test_a_planted_noise_image_is_among_the_strongest_outliers(tmp_path):
     neighbours(tmp_path / 'out', *model, '--data-dir', folder, '--rows', '2')
     outliers = read_table(tmp_path / 'out' / 'outliers.csv')
     assert len(outliers) == 121 and 'noise.png' in [row['file_name'] for row in outliers[:5]]
+
+
+def test_planted_noise_and_text_are_among_the_strongest_outliers_of_photographs(shared_data, tmp_path):
+    """For a network of random weights. By cosine they come in the middle."""
+    for number, image in enumerate(read_photographs(shared_data, 12)):
+        image.save(write_images(tmp_path / 'images', 0) / f'{number:03d}.png')
+    picture(0, size=64).save(tmp_path / 'images' / 'noise.png')
+    text = Image.new('RGB', (64, 64), 'white')
+    ImageDraw.Draw(text).text((2, 2), 'a page\nof a book\nthat some-\nbody has\nscanned', fill='black')
+    text.save(tmp_path / 'images' / 'text.png')
+    model = ['--model', 'test_resnet', '--no-pretrained', '--img-size', '64']
+    neighbours(tmp_path / 'out', *model, '--data-dir', tmp_path / 'images', '--rows', '1')
+    outliers = [row['file_name'] for row in read_table(tmp_path / 'out' / 'outliers.csv')]
+    assert len(outliers) == 169 and {'noise.png', 'text.png'} <= {*outliers[:5]}, outliers[:5]
 
 
 def test_a_file_of_embeddings_gives_the_tables_of_its_images(encoder, tmp_path):

@@ -14,24 +14,26 @@ _MAX_PAIRS = 10_000_000
 
 class Neighbours(NamedTuple):
     """indices: (N, k) of the nearest other images, nearest first; cosines: (N, k); pairs: (P, 2) indices i < j of
-    images at least as similar as a threshold; pair_cosines: (P,), descending.
+    images at least as similar as a threshold; pair_cosines: (P,), descending; distances: (N,) mean Euclidean distance
+    to the k nearest by that distance, large for outliers (Ramaswamy et al., "Efficient Algorithms for Mining Outliers
+    from Large Data Sets", SIGMOD 2000; they take the k-th).
+
+    Outliers are not found by cosine: features behind a ReLU are positive and lie in a narrow cone, and an image that no
+    filter knows differs from the others in the length of its features rather than in their direction.
     """
     indices: torch.Tensor
     cosines: torch.Tensor
     pairs: torch.Tensor
     pair_cosines: torch.Tensor
-
-    def outlyingness(self) -> torch.Tensor:
-        """(N,) mean cosine distance to the k nearest images."""
-        return 1 - self.cosines.mean(dim=1)
+    distances: torch.Tensor
 
 
 @torch.no_grad()
 def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95, chunk: int = 512) -> Neighbours:
-    """Exact search by cosine similarity, in one pass over blocks of `chunk` rows: memory grows with N, not N^2.
+    """Exact search by cosine, and by distance for outliers, in blocks of `chunk` rows: memory grows with N, not N^2.
 
     Args:
-        features: (N, D), N > 1, normalised here; the search runs on their device
+        features: (N, D), N > 1, not normalised; the search runs on their device
         k: nearest images, at most N - 1
         threshold: cosine of near-duplicates
         chunk: rows at a time
@@ -41,13 +43,17 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
     """
     if not features.isfinite().all():
         raise InputError('model: its features are not finite, the network has diverged')
-    unit = F.normalize(features.float(), dim=1)
+    unit, norms = F.normalize(features.float(), dim=1), features.float().norm(dim=1)
     k = min(k, len(unit) - 1)
-    indices, cosines, pairs, pair_cosines, count = [], [], [], [], 0
+    indices, cosines, pairs, pair_cosines, distances, count = [], [], [], [], [], 0
     for start in range(0, len(unit), chunk):
         similarity = unit[start:start + chunk] @ unit.T  # (chunk, D) @ (D, N) -> (chunk, N)
         rows = torch.arange(len(similarity), device=unit.device)
-        similarity[rows, start + rows] = -2  # an image is not its own neighbour
+        own = norms[start:start + chunk, None]
+        squared = (own - norms) ** 2 + 2 * own * norms * (1 - similarity).clamp_(min=0)
+        squared[rows, start + rows] = torch.inf  # an image is not its own neighbour
+        distances.append(squared.topk(k, dim=1, largest=False).values.sqrt().mean(dim=1).cpu())
+        similarity[rows, start + rows] = -2
         top = similarity.topk(k, dim=1)
         indices.append(top.indices.cpu())
         cosines.append(top.values.cpu())
@@ -61,7 +67,8 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
             raise InputError(f'threshold={threshold:g}: more than {_MAX_PAIRS} pairs of images are as similar')
     order = torch.cat(pair_cosines).argsort(descending=True, stable=True)
     return Neighbours(
-        torch.cat(indices), torch.cat(cosines), torch.cat(pairs)[order], torch.cat(pair_cosines)[order])
+        torch.cat(indices), torch.cat(cosines), torch.cat(pairs)[order], torch.cat(pair_cosines)[order],
+        torch.cat(distances))
 
 
 def cluster_pairs(pairs: torch.Tensor, count: int) -> List[List[int]]:

@@ -1,3 +1,4 @@
+import copy
 import os
 import shutil
 
@@ -13,7 +14,7 @@ from timm_cgh.errors import InputError
 from timm_cgh.files import Summary
 from timm_cgh.train.checkpoint import RunSaver, read_checkpoint
 from timm_cgh.train.meter import Meter
-from timm_cgh.train.resume import claim_folder, find_checkpoint
+from timm_cgh.train.resume import ResumePoint, claim_folder, find_checkpoint, restore
 
 
 def create_saver(task, optimizer, folder):
@@ -194,6 +195,34 @@ def test_a_position_that_no_run_has_is_refused(saver, tmp_path, name, value):
         read_checkpoint(str(tmp_path / 'last.pth.tar'))
 
 
+@pytest.mark.parametrize('where,value,named', [
+    ('task_state teacher backbone.conv1.0.weight', torch.Tensor.long, 'backbone.conv1.0.weight is torch.int64'),
+    ('task_state teacher', None, 'teacher is a NoneType'),
+    ('task_state heads', [1], 'heads is a list'),
+    ('task_state banks global.embeddings', lambda bank: bank.to(torch.complex64), 'embeddings is torch.complex64'),
+    ('task_state banks global.embeddings', torch.Tensor.to_sparse, 'embeddings is not dense'),
+    ('task_state banks global.embeddings', lambda bank: bank[:2], r'embeddings is \(2, 8\), not \(16, 8\)'),
+    ('task_state banks hyper._extra_state', torch.tensor(16), 'position'),
+    ('state_dict', {'conv1.0.weight': 'text'}, 'conv1.0.weight is a str'),
+    ('optimizer', [], 'optimizer is a list'),
+    ('optimizer state', {0: None}, 'its state'),
+    ('optimizer state', {'x': 3}, 'its state'),
+    ('optimizer param_groups', [3], 'param_groups is a int'),
+    ('optimizer param_groups', [{'params': None}], 'params is a NoneType'),
+])
+@pytest.mark.filterwarnings('ignore')  # torch's, about sparse tensors
+def test_parts_of_a_checkpoint_of_another_type_or_shape_are_refused_in_one_line(saver, where, value, named):
+    state = copy.deepcopy({**saver.run_task.get_checkpoint_state(), 'optimizer': saver.optimizer.state_dict()})
+    *path, last = where.split()
+    part = state
+    for name in path:
+        part = part[name]
+    part[last] = value(part[last]) if callable(value) else value
+    with pytest.raises(InputError, match=f'^resume=last: a checkpoint of .* that does not fit .*{named}') as error:
+        restore(ResumePoint('last', state), saver.run_task, saver.optimizer)
+    assert '\n' not in str(error.value)
+
+
 def test_a_checkpoint_that_a_kill_prevented_is_made_at_the_resume(saver, tmp_path):
     for epoch, metric in ((0, 50.0), (1, 60.0)):
         shutil.rmtree(tmp_path / 'kept', ignore_errors=True)
@@ -273,6 +302,10 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
                 claim_folder(folder, str(tmp_path), True, None, Process()):
             pass
         assert (tmp_path / 'run' / '.args.yaml.123.tmp').exists()  # it may be the other's
+    (tmp_path / 'run' / '.export-abc').mkdir()
+    (tmp_path / 'run' / '.export-abc' / 'model.safetensors').touch()
+    for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar', 'model_best.pth.tar.tmp'):
+        (tmp_path / 'run' / name).touch()
     with claim_folder(folder, str(tmp_path), True, None, Process()):
         assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['.lock']
     assert not list((tmp_path / 'run').iterdir())

@@ -51,6 +51,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> N
     Raises:
         ValueError, KeyError: the state of other parameters, or of another optimiser
     """
+    if not all(isinstance(values, dict) for values in state['state'].values()):
+        raise ValueError('broken, its state is no dictionary of each parameter')
     foreign = {k for group in state['param_groups'] for k in group} - {'params', 'initial_lr', 'lr_scale', *_COUNTERS}
     foreign -= {k for group in optimizer.param_groups for k in group}
     if foreign:

@@ -199,6 +199,26 @@ def _remove_litter(folder: str) -> None:
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
+def _check_types(found: Any, wanted: Any, name: str) -> None:
+    """Raise `ValueError` for what loading would convert or trip over, or not name; it checks the names itself."""
+    for kind in (dict, list, torch.Tensor):
+        if isinstance(wanted, kind) and not isinstance(found, kind):
+            raise ValueError(f'its {name} is a {type(found).__name__}')
+    if isinstance(wanted, dict):
+        for key in found.keys() & wanted.keys():
+            _check_types(found[key], wanted[key], key if isinstance(key, str) else name)
+    elif isinstance(wanted, list):
+        for pair in zip(found, wanted):
+            _check_types(*pair, name)
+    elif isinstance(wanted, torch.Tensor):
+        if found.layout != torch.strided or found.is_nested or found.is_quantized or found.is_meta:
+            raise ValueError(f'its {name} is not dense')
+        if wanted.is_floating_point() != found.is_floating_point():
+            raise ValueError(f'its {name} is {found.dtype}, not {wanted.dtype}')
+        if found.shape != wanted.shape:
+            raise ValueError(f'its {name} is {tuple(found.shape)}, not {tuple(wanted.shape)}')
+
+
 def restore(
         point: ResumePoint,
         task: MomentumTask,
@@ -212,6 +232,7 @@ def restore(
     """
     state = point.state
     try:
+        _check_types(state, {**task.get_checkpoint_state(), 'optimizer': optimizer.state_dict()}, 'content')
         task.load_checkpoint_state(state['state_dict'], state['task_state'])
         load_optimizer(optimizer, state['optimizer'])
         if scaler is not None and scaler.state_dict_key in state:

@@ -72,6 +72,13 @@ def test_recipes_of_the_paper_name_its_table_and_hold_its_numbers(name):
     assert args.model in ('resnet18', 'resnet50') and args.model_kwargs == {'zero_init_last': False}
 
 
+def test_recipes_for_small_images_follow_the_authors_and_their_field():
+    cifar, tiny = settings('cifar10.yaml', 50_000), settings('tiny_imagenet_400.yaml', 100_000)
+    assert (cifar.gaussian_blur_prob, cifar.momentum_teacher) == (0.5, 0.99)
+    assert cifar.model_kwargs == {'zero_init_last': False} and tiny.gaussian_blur_prob == 0.5
+    assert tiny.mean == [0.480, 0.448, 0.398] and tiny.std == [0.277, 0.269, 0.282]  # its own, not ImageNet's
+
+
 def test_moco_has_its_own_settings():
     args = settings('moco_v2.yaml')
     assert (args.method, args.hidden_dim, args.embed_dim, args.bank_size) == ('moco', 2048, 128, 65536)

@@ -84,6 +84,8 @@ def test_default_k_are_at_most_the_number_of_training_images(images, ks):
     (['--k', '10', '5000'], '--k 5000: there are only 1433 training images'),
     (['--k', '0'], '--k: must be a whole number of at least 1'),
     (['--temperature', '0'], '--temperature'),
+    (['--batch-size', '1e30'], '--batch-size: must be a whole number of at least 1'),
+    (['--batch-size', '1' + '0' * 30], '--batch-size: must be at most 2147483647'),
     (['--val-split', 'test'], '--val-split test: digits has the splits train and validation'),
     (['--save-features', '/dev/null/here'], '--save-features /dev/null/here'),
     (['--checkpoint', 'nowhere.pth'], 'nowhere.pth: no such file'),

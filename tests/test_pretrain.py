@@ -54,10 +54,11 @@ def test_errors_name_the_parameter(images, tmp_path, options, named):
         timm_cgh.pretrain(images, 'test_resnet', output=str(tmp_path), **{**OPTIONS, **options})
 
 
-def test_a_loss_that_is_not_finite_is_raised(images, tmp_path):
+def test_a_loss_that_is_not_finite_is_raised(images, tmp_path, caplog):
     with pytest.raises(FloatingPointError):
         timm_cgh.pretrain(
             images, 'test_resnet', output=str(tmp_path), **OPTIONS, lr=1e30, warmup_epochs=0, sched='constant')
+    assert 'The loss is not finite in epoch 0: stopped. No state was saved yet' in caplog.text
 
 
 def test_ctrl_c_is_raised_once_the_state_is_saved(images, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from conftest import REPOSITORY
 from script_runner import ENV, call_script
 from timm_cgh.train.checkpoint import read_checkpoint
+from timm_cgh.train.run import Run
 from training import TINY, check_ok, command, make_images, read_summary, train
 
 
@@ -26,6 +28,7 @@ def test_without_data_it_trains_on_digits_and_leaves_all_files(tmp_path):
     assert re.search(r'kNN top-1: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 9[89]\.\d+ %', text)
     assert re.search(r'per class: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 6\d\.\d+ %', text)
     assert f"local-dir:{folder / 'export'}" in text
+    assert re.search(r'Files in .* last\.pth\.tar, model_best\.pth\.tar, export/', text)
     assert float(read_summary(folder)[-1]['eval_rankme']) > 5
     for name in ('args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'curves.png', 'export/config.json',
                  'export/model.safetensors'):
@@ -150,6 +153,19 @@ def test_start_from_weights(tmp_path, images):
     trained = read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['state_dict']
     assert torch.equal(trained['conv1.0.weight'] if 'conv1.0.weight' in trained else trained['conv1.weight'],
                        state['conv1.0.weight'] if 'conv1.0.weight' in state else state['conv1.weight'])
+
+
+def test_a_handful_of_images_gives_a_loss_to_learn_from(tmp_path):
+    args = [*TINY, '--data-dir', make_images(tmp_path / 'images', count=12), '--batch-size', 4, '--epochs', 1]
+    args[args.index('--bank-size'):args.index('--bank-size') + 2] = []
+    assert ', bank 2, ' in check_ok(train(*args, '--knn-interval', 0, '--output', tmp_path, '--experiment', 'run'))
+    assert float(read_summary(tmp_path / 'run')[0]['train_loss']) > 0.1
+
+
+def test_unreadable_images_are_named_in_part(caplog):
+    run = SimpleNamespace(unreadable=set())
+    Run._note_unreadable(run, [f'{number}.jpg' for number in range(1000)] * 2)
+    assert caplog.text.count('Unreadable image skipped') == 100 and len(run.unreadable) == 1000
 
 
 def test_a_corrupt_image_is_named_counted_and_skipped(tmp_path):

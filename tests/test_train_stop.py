@@ -141,14 +141,15 @@ def test_another_thread_than_the_main_one_leaves_the_handlers_alone():
     assert seen == [False]
 
 
-def test_before_training_a_signal_exits_at_once_and_later_it_is_noted():
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGHUP])
+def test_before_training_a_signal_exits_at_once_and_later_it_is_noted(signum):
     with StopRequest() as stop:
         with pytest.raises(SystemExit) as raised:
-            signal.raise_signal(signal.SIGTERM)
-        assert raised.value.code == 128 + signal.SIGTERM
+            signal.raise_signal(signum)
+        assert raised.value.code == 128 + signum
         stop.defer()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # torchrun relays it once more
-        assert stop.agreed(torch.device('cpu')) and stop.name == 'SIGTERM'
+        signal.raise_signal(signum)
+        signal.raise_signal(signum)  # torchrun relays SIGTERM once more
+        assert stop.agreed(torch.device('cpu')) and stop.name == signum.name
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -24,7 +24,7 @@ from timm_cgh.arguments import (
     natural, positive)
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
-from timm_cgh.errors import InputError, checking
+from timm_cgh.errors import InputError, checking, redact
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.eval.checkpoint import Recorder, find_state
@@ -34,6 +34,7 @@ from timm_cgh.eval.datasets import open_labelled_datasets
 from timm_cgh.eval.fine_tuning import FineTuning, create_classifier
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
 from timm_cgh.eval.start import start_evaluation
+from timm_cgh.files import write_yaml
 from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
 
 _logger = logging.getLogger('eval')
@@ -169,6 +170,8 @@ def main(argv=None):
     settings = resume_settings(args, process, backbone, data)
     state = find_state(args.output, args.resume, settings)
     start_epoch, best = (0, None) if state is None else (state['epoch'], state['best'])
+    if process.primary:
+        write_yaml(os.path.join(args.output, 'args.yaml'), redact(vars(args)))  # predict.py decodes images as it says
 
     args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))

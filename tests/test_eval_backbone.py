@@ -1,9 +1,11 @@
 """load_backbone: the model that an evaluation names, with the settings of the run that it is from."""
 import argparse
+import importlib
 
 import pytest
 import timm
 import torch
+import yaml
 
 from backbones import equal
 from input_errors import refused
@@ -43,6 +45,32 @@ def test_student_and_teacher_of_a_run_load_with_its_settings(run, teacher):
     assert backbone.data_config == dict(input_size=(1, 24, 24), mean=(0.3,), std=(0.4,), interpolation='bicubic')
     assert backbone.name == 'test_resnet' and backbone.weights == 'last.pth.tar' + ', teacher' * teacher
     assert backbone.digest == weights_digest(backbone.model) and not backbone.model.training
+
+
+@pytest.mark.parametrize('script', [
+    'eval_knn', 'eval_linear', 'eval_semisup', 'finetune', 'embed', 'neighbours', 'predict'])
+def test_images_are_decoded_as_in_the_run_unless_told_otherwise(script, tmp_path):
+    decoding = dict(pixel_range=[0.0, 4095.0], max_pixels=600, exif_orientation=False)
+    torch.save(dict(task_state={}, args=dict(model='test_resnet', **decoding)), tmp_path / 'last.pth.tar')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(decoding))
+    (tmp_path / 'export').mkdir()
+    (tmp_path / 'eval.yaml').write_text('max_pixels: 700')
+    parser = importlib.import_module(script).parser
+    weights = [['--model', f"local-dir:{tmp_path / 'export'}"]]
+    if script != 'predict':
+        weights += [['--checkpoint', str(tmp_path / 'last.pth.tar')], ['--checkpoint', str(tmp_path)]]
+    for options in weights:
+        options += ['--output', 'out']
+        found = vars(parser.parse(options))
+        assert {name: found[name] for name in decoding} == decoding and found['config'] is None
+        options += ['--pixel-range', '1', '2', '--exif-orientation', '-c', str(tmp_path / 'eval.yaml')]
+        args = parser.parse(options)
+        assert (args.pixel_range, args.max_pixels, args.exif_orientation) == ([1, 2], 700, True)
+    args = parser.parse(['--model', 'test_resnet', '--output', 'out'])
+    assert (args.pixel_range, args.max_pixels, args.exif_orientation) == (None, None, True)
+    (tmp_path / 'args.yaml').write_text('pixel_range: many')
+    with refused(tmp_path / 'args.yaml', 'pixel_range'):
+        parser.parse(weights[0])
 
 
 def test_given_settings_replace_those_of_the_run(run):

@@ -29,9 +29,10 @@ def write_bands(folder):
 
 
 def test_bands_of_any_number_and_range_train_and_are_evaluated_at_two_sides(tmp_path):
-    data = ['--data-dir', write_bands(tmp_path / 'data'), '--pixel-range', 0, 4095, '--max-pixels', 600]
-    text = check_ok(train(*TINY, *data, '--in-chans', 5, '--img-size', 16, 24, '--epochs', 1, '--output', tmp_path,
-                          '--experiment', 'run'))
+    data = ['--data-dir', write_bands(tmp_path / 'data')]
+    decoding = ['--pixel-range', 0, 4095, '--max-pixels', 600]  # the evaluations take it from the run
+    text = check_ok(train(*TINY, *data, *decoding, '--in-chans', 5, '--img-size', 16, 24, '--epochs', 1,
+                          '--output', tmp_path, '--experiment', 'run'))
     assert '25 images of 16x24 px' in text and 'large.npy (40 x 40 px, `max_pixels` is 600)' in text
     assert float(read_summary(tmp_path / 'run')[0]['eval_knn']) > 80  # the classes differ in brightness
     config = json.loads((tmp_path / 'run' / 'export' / 'config.json').read_text())

@@ -15,6 +15,7 @@ from timm.utils import ParseKwargs
 from . import scripts
 from .errors import DEBUG, InputError, full_disk
 from .files import read_yaml
+from .models.checkpoints import find_run_arguments
 
 __all__ = [
     'KeyValues', 'Parser', 'add_dataset_arguments', 'add_decoding_arguments', 'add_device_arguments',
@@ -104,6 +105,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, **kwargs)
 
     default_config: Optional[str] = None  # file of the options where no data are named
+    from_run: Sequence[str] = ()  # options whose default is that of the run that the weights are from
 
     def error(self, message: str) -> NoReturn:
         print(f'{self.prog}: error: {message}', file=sys.stderr)
@@ -152,10 +154,15 @@ class Parser(argparse.ArgumentParser):
             InputError: a file that cannot be read or holds what is no option
         """
         args = self.parse_args(argv)
-        path = args.config or self._default_for(vars(args))
-        if path:
-            args = self.parse_args(argv, argparse.Namespace(**self._check(self._read(path), f'config={path}: ')))
-            args.config = path
+        values: Dict[str, Any] = {}
+        if path := args.config or self._default_for(vars(args)):
+            values = self._check(self._read(path), f'config={path}: ')
+            args = self.parse_args(argv, argparse.Namespace(**values))
+        if self.from_run:
+            run, file = find_run_arguments(getattr(args, 'model', None), getattr(args, 'checkpoint', None))
+            inherited = self._check({name: run[name] for name in self.from_run if name in run}, f'{file}: ')
+            args = self.parse_args(argv, argparse.Namespace(**{**inherited, **values}))
+        args.config = path
         return args
 
     def parse_values(self, **values: Any) -> argparse.Namespace:
@@ -230,8 +237,11 @@ class Parser(argparse.ArgumentParser):
         return item
 
 
+_DECODING = ('pixel_range', 'max_pixels', 'exif_orientation')
+
+
 def add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options about the decoding of images, which an evaluation needs as they were in training."""
+    """Add the options about the decoding of images, whose default is in an evaluation that of the run."""
     group.add_argument('--pixel-range', nargs=2, type=float, metavar=('LOW', 'HIGH'),
                        help='what becomes black and white in images of more than 8 bits; default 0 65535, of floating '
                             'point 0 1')
@@ -286,6 +296,7 @@ def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
                            ', else a fifth of the training images of each class' if hold_out else ''))
     add_dataset_arguments(group)
     add_decoding_arguments(group)
+    parser.from_run = _DECODING
     add_model_arguments(parser)
 
 
@@ -308,6 +319,7 @@ def add_image_arguments(parser: Parser, split: Optional[str] = None) -> None:
                        help='allow data sets of the Hub to run their own code; default: off')
     group.add_argument('--input-key', metavar='NAME', help='column of the images in a table; default: image')
     add_decoding_arguments(group)
+    parser.from_run = _DECODING
 
 
 def add_model_arguments(parser: Parser, results: bool = True) -> None:

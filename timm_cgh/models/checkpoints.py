@@ -5,7 +5,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import timm
 import torch
@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from timm_cgh.download import HUB_PREFIX, fetch_folder
 from timm_cgh.errors import InputError, checking, reason
+from timm_cgh.files import read_yaml
 
 from .backbone import read_config
 from .matching import backbone_state, misfits
 
 __all__ = [
-    'check_folder', 'find_source', 'load_folder', 'load_weights', 'read_file', 'run_arguments', 'weights_digest']
+    'check_folder', 'find_run_arguments', 'find_source', 'load_folder', 'load_weights', 'read_file', 'run_arguments',
+    'weights_digest']
 
 
 def read_file(path: Union[str, Path], parameter: str = 'checkpoint', mmap: bool = False) -> Dict[str, Any]:
@@ -58,6 +60,22 @@ def run_arguments(content: Mapping[str, Any]) -> Dict[str, Any]:
     args = content.get('args')
     args = vars(args) if isinstance(args, argparse.Namespace) else args  # as timm stores them
     return dict(args) if 'task_state' in content and isinstance(args, Mapping) else {}
+
+
+def find_run_arguments(model: Optional[str], checkpoint: Optional[str]) -> Tuple[Mapping[str, Any], str]:
+    """Arguments of the run that the weights to load are from, and the file that holds them; empty if there is none.
+
+    Args:
+        model: `local-dir:FOLDER` with the run's `args.yaml` beside the folder, or another name
+        checkpoint: of the run, or its folder; it comes before `model`
+    """
+    source = Path(checkpoint or str(model or '').partition('local-dir:')[2] or os.devnull).expanduser()
+    if source.is_file():
+        return run_arguments(read_file(source, mmap=True)), str(source)
+    for folder in (source, source.parent):
+        if source.is_dir() and (folder / 'args.yaml').is_file():
+            return read_yaml(folder / 'args.yaml'), str(folder / 'args.yaml')
+    return {}, ''
 
 
 def find_source(

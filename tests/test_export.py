@@ -86,6 +86,22 @@ def test_a_classifier_can_be_put_on_an_export(tmp_path):
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
+def test_timms_own_script_takes_an_export_with_a_classifier_of_another_number_of_classes(tmp_path):
+    backbone = randomise(create_backbone('resnet10t'))
+    folder = export_backbone(backbone, tmp_path / 'export', **CONFIG)
+    # what train.py of timm makes of --model and --pretrained, or of --pretrained-path, with --num-classes 7
+    own_name = dict(model_name=f'local-dir:{folder}', pretrained=True)
+    by_path = dict(model_name='resnet10t', pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(folder / 'model.safetensors'), num_classes=-1))
+    for arguments in (own_name, by_path):
+        model = timm.create_model(
+            **arguments, in_chans=3, num_classes=7, drop_rate=0.0, checkpoint_path='', scriptable=False).eval()
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in backbone.state_dict().items())
+        config = timm.data.resolve_data_config({}, model=model)
+        assert (tuple(config['mean']) == CONFIG['mean']) == (arguments is own_name)
+
+
 def test_encoder_of_a_features_only_backbone_exports(tmp_path):
     encoder = ContextEncoder(timm.create_model('resnet10t', features_only=True), hidden_dim=8, embed_dim=8)
     folder = export_backbone(encoder.backbone, tmp_path / 'export', **CONFIG)

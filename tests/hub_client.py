@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from conftest import REPOSITORY
 from timm_cgh.models import create_backbone, pretrained  # registers the models of this package
+from timm_cgh.train.build import build_backbone
 
 IMAGES = 'torch.linspace(-2, 2, 2 * 3 * 16 * 16).view(2, 3, 16, 16)'
 
@@ -65,6 +66,11 @@ def features(name, **kwargs):
 def backbone(name, **kwargs):
     """Width of the features of the backbone that train.py and the evaluation scripts create for `--model`."""
     return create_backbone(name, pretrained=True, **kwargs).num_features
+
+
+@torch.no_grad()
+def initialised_features(model, initial_checkpoint):
+    return build_backbone(model, initial_checkpoint=initial_checkpoint).module.eval()(eval(IMAGES))
 
 
 @torch.no_grad()

@@ -218,6 +218,11 @@ def test_options_of_timm_pass_through_the_registry(client, published):
     assert maps == [(2, 256, 1, 1), (2, 512, 1, 1)]
 
 
+def test_pre_training_starts_from_weights_of_the_hub(published, client, features):
+    found = client(at_client.initialised_features, 'resnet18', f'hf-hub:{published.repo_id}')
+    assert torch.equal(found, features)
+
+
 def test_cache_works_without_the_network(published, features, env, hub, client, tmp_path):
     client(fetch_folder, published.repo_id, cache_dir=tmp_path)
     with at_client.process(dict(env, HF_HUB_OFFLINE='1')) as offline:

@@ -41,6 +41,7 @@ class KnnMonitor:
     def __init__(self, reference: Dataset, query: Dataset, extractor: FeatureExtractor):
         self.sets = reference, query
         self.extractor = extractor
+        self.named = False  # whether the unreadable images have been logged
 
     def __call__(self, model: nn.Module) -> Optional[Accuracy]:
         """The accuracy; None on all ranks but 0.
@@ -62,18 +63,19 @@ class KnnMonitor:
 
     def _accuracy(self, model: nn.Module, extractor: FeatureExtractor) -> Optional[Accuracy]:
         reference, query = (self._extract(model, images, extractor) for images in self.sets)
+        self.named = True
         if not extractor.process.primary:
             return None
         return Accuracy(best_knn(knn_accuracy(*reference, *query))[1], one_shot_accuracy(*reference, *query))
 
-    @staticmethod
     def _extract(
+            self,
             model: nn.Module,
             images: Dataset,
             extractor: FeatureExtractor,
     ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         if not is_stream(images):
-            return extractor(model, images, warn_unreadable=False)[:2]
+            return extractor(model, images, warn_unreadable=not self.named)[:2]
         if not extractor.process.primary:
             return None, None
         e = extractor

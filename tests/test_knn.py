@@ -177,3 +177,19 @@ def test_one_shot_accuracy_is_the_mean_over_draws_of_one_image_per_class():
     assert accuracy == one_shot_accuracy(train, labels, test, truth, draws=300)
     unlabelled = torch.cat([train, train]), torch.cat([labels, torch.full((4,), -1)])
     assert one_shot_accuracy(*unlabelled, test, truth, draws=300) == pytest.approx(100 * 5 / 6, abs=5)
+
+
+def test_one_shot_accuracy_is_that_of_a_search_for_each_draw():
+    generator = torch.Generator().manual_seed(0)
+    labels, truth = (torch.randint(-1, 5, (count,), generator=generator) for count in (80, 1100))
+    centres = torch.randn(6, 8, generator=generator)
+    train, test = (centres[own] + torch.randn(len(own), 8, generator=generator) for own in (labels, truth))
+    accuracy = one_shot_accuracy(train, labels, test, truth, seed=3)
+    draw, expected = torch.Generator().manual_seed(3), 0
+    for _ in range(20):
+        order = torch.randperm(80, generator=draw)
+        shots = torch.stack([order[labels[order] == label][0] for label in range(5)])
+        expected += knn_accuracy(train[shots], labels[shots], test, truth, ks=(1,))[1] / 20
+    assert 30 < accuracy < 90 and accuracy == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match='no labelled test image'):
+        one_shot_accuracy(train, labels, test, torch.full_like(truth, -1))

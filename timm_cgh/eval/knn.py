@@ -172,16 +172,24 @@ def one_shot_accuracy(
         seed: of the draws
 
     Raises:
-        ValueError: see `knn_accuracy`
+        ValueError: no labelled image on one of the sides, or features that are not finite
     """
-    generator, labels = torch.Generator().manual_seed(seed), train_labels.cpu()
-    accuracies: List[float] = []
+    generator, labels, scored = torch.Generator().manual_seed(seed), train_labels.cpu(), test_labels.cpu() >= 0
+    if not scored.any() or not (labels >= 0).any():
+        raise ValueError(f"no labelled {'training' if scored.any() else 'test'} image")
+    chosen = []
     for _ in range(draws):
         order = torch.randperm(len(labels), generator=generator)
-        chosen = order[np.unique(labels[order].numpy(), return_index=True)[1]]  # the first of each class in this order
-        shots = train_features[chosen.to(train_features.device)]
-        accuracies += knn_accuracy(shots, labels[chosen], test_features, test_labels, ks=(1,)).values()
-    return sum(accuracies) / draws
+        first = order[np.unique(labels[order].numpy(), return_index=True)[1]]  # of each class in this order
+        chosen.append(first[labels[first] >= 0])
+    shots = _unit_rows(train_features[torch.cat(chosen).to(train_features.device)], 'training features')
+    test = _unit_rows(test_features[scored.to(test_features.device)], 'test features').to(shots.device)
+    classes, truth, chunk = labels[chosen[0]], test_labels.cpu()[scored], _chunk_size(len(shots))
+    correct = 0
+    for query, label in zip(test.split(chunk), truth.split(chunk)):
+        nearest = (query @ shots.T).view(len(query), draws, -1).argmax(dim=2)  # (M, draws), of the classes
+        correct += int((classes[nearest.cpu()] == label[:, None]).sum())
+    return 100 * correct / (draws * len(truth))
 
 
 def best_knn(accuracy: Dict[int, float]) -> Tuple[int, float]:

@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from data_files import encode, picture, write_images
 from evaluations import CPU
 from input_errors import check_refused, refused
-from script_runner import call_script
+from script_runner import call_script, run_torchrun
 from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours
 
 WEIGHTS = REPOSITORY / 'weights' / 'cgh_resnet18'
@@ -140,6 +140,18 @@ def test_a_file_of_embeddings_gives_the_tables_of_its_images(encoder, tmp_path):
     for name in ('neighbours.csv', 'duplicates.csv', 'clusters.csv', 'outliers.csv'):
         assert (tmp_path / 'direct' / name).read_bytes() == (tmp_path / 'file' / name).read_bytes()
     assert not (tmp_path / 'file' / 'retrieval.png').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(encoder, tmp_path):
+    folder = write_images(tmp_path / 'images', 12)
+    (folder / 'broken.png').write_bytes(b'no image')
+    args = ['--model', f'local-dir:{encoder}', '--data-dir', folder, '--batch-size', '4', '--threshold', '0']
+    neighbours(tmp_path / 'one', *args)
+    done = run_torchrun('neighbours.py', *CPU, '--output', tmp_path / 'two', *args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = [{path.name: path.read_bytes() for path in (tmp_path / run).iterdir()} for run in ('one', 'two')]
+    assert written[0] == written[1] and len(written[0]) == 8
 
 
 @pytest.mark.parametrize('args, named', [

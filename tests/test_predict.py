@@ -11,7 +11,7 @@ import predict as script
 from data_files import picture
 from evaluations import CONFIG, CPU, load_export
 from input_errors import check_refused
-from script_runner import call_script
+from script_runner import call_script, run_torchrun
 from timm_cgh.apply.predictions import load_classifier
 from timm_cgh.data import open_dataset
 from timm_cgh.eval import create_eval_loader
@@ -93,6 +93,17 @@ def test_classes_of_imagenet_have_their_names(tmp_path):
         model = timm.create_model('test_resnet', num_classes=count)
         folder = export_backbone(model, tmp_path / str(count), **config)
         assert load_classifier(f'local-dir:{folder}').names[0] == name
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(classifier, photos, tmp_path):
+    predict(classifier, photos, tmp_path / 'one.csv')
+    done = run_torchrun(
+        'predict.py', '--model', f'local-dir:{classifier}', '--data-dir', photos, *CPU, '--batch-size', '5', '--output',
+        tmp_path / 'two.csv')
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ('{}.csv', '{}.csv.unreadable.txt'):
+        assert (tmp_path / name.format('one')).read_bytes() == (tmp_path / name.format('two')).read_bytes()
 
 
 @pytest.mark.parametrize('args, named', [

@@ -85,6 +85,7 @@ def test_moco_has_its_own_settings():
     assert (args.lr, args.warmup_epochs, args.contrast_warmup_epochs, args.contrast_temp) == (0.03, 0, 0, 0.2)
 
 
+@pytest.mark.slow
 def test_the_cifar10_recipe_trains(tmp_path):
     images = make_images(tmp_path / 'images', size=32)
     check_ok(run_train('--config', REPOSITORY / 'configs' / 'cifar10.yaml', '--data-dir', images, '--epochs', 6,

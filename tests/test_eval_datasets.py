@@ -148,16 +148,19 @@ def test_features_stay_beside_the_images_that_they_are_of(damaged):
         assert torch.equal(feature, alone[0])
 
 
-def test_the_knn_check_of_training_leaves_unreadable_images_out(damaged):
+def test_the_knn_check_of_training_leaves_unreadable_images_out(damaged, caplog):
     # each validation image is a training image as well: all are right, unless another stands in for one
     shutil.rmtree(damaged / 'val')
     shutil.copytree(damaged / 'train', damaged / 'val')
     sets = [open_labelled('', str(damaged), split) for split in ('train', 'validation')]
     seen = []
     monitor = KnnMonitor(*sets, FeatureExtractor(CONFIG))
-    monitor._extract = lambda *args: seen.append(KnnMonitor._extract(*args)) or seen[-1]
+    extract = monitor._extract
+    monitor._extract = lambda *args: seen.append(extract(*args)) or seen[-1]
     monitor.pixels()
-    assert [len(labels) for _, labels in seen] == [5, 5]
+    monitor.pixels()
+    assert [len(labels) for _, labels in seen] == 2 * [5, 5]
+    assert caplog.text.count('Unreadable image left out: ') == 2  # one on either side, once
 
 
 def test_data_without_a_readable_image_is_refused(damaged, caplog):

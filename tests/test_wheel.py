@@ -57,6 +57,7 @@ def test_wheel_holds_scripts_and_configurations_and_no_tests(wheel):
     assert (wheel[1] / 'bin' / 'timm-cgh').exists()
 
 
+@pytest.mark.slow
 def test_console_script_of_the_wheel_trains_and_evaluates(wheel, tmp_path):
     make_images(tmp_path / 'images' / 'train')
     make_images(tmp_path / 'images' / 'val')

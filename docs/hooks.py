@@ -50,6 +50,8 @@ def on_page_markdown(markdown, page, **_):
     markdown = re.sub(r'<!-- modules: (.+) -->', lambda found: _references(found[1].split()), markdown)
     markdown = re.sub(r'(!?\[[^\[\]]*\])\(([^()\s]+)\)', link, markdown)
     if name == 'method.md':
-        markdown = re.sub(r'\$\$(.+?)\$\$', lambda m: convert(m[1].strip(), display='block'), markdown, flags=re.S)
+        equation = '<div style="overflow-x: auto">{}</div>'  # on a phone
+        markdown = re.sub(
+            r'\$\$(.+?)\$\$', lambda m: equation.format(convert(m[1].strip(), display='block')), markdown, flags=re.S)
         markdown = re.sub(r'(?<![\w`$])\$([^$\n`]+)\$', lambda m: convert(m[1]), markdown)
     return markdown

@@ -154,7 +154,7 @@ def done():
 def folder(tmp_path_factory):
     """What the guide's commands find in the folder that they run in."""
     folder = tmp_path_factory.mktemp('guide')
-    for name in ('photos', 'images'):
+    for name in ('photos', 'images', 'new'):
         make_images(folder / name, classes=())
     for split in ('train', 'val'):
         make_images(folder / 'labelled' / split)
@@ -175,6 +175,8 @@ def quicken(name, args):
     args = [*args, *QUICK.get(name, ()), *(['--batch-size', '64'] if 'digits' in args and name == 'train' else ())]
     if name == 'convert' and 'onnx' not in args:  # the stand-in is no ResNet of torchvision's
         args[0] = 'weights/cgh_resnet18'
+    if name == 'finetune' and Path('output', 'finetune').exists():
+        args += ['--output', 'output/finetune_again']
     if name == 'train' and '--resume' not in args:
         run = args[args.index('--experiment') + 1] if '--experiment' in args else ''
         if not run or Path('output/train', run).exists():

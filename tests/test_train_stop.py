@@ -147,6 +147,8 @@ def test_before_training_a_signal_exits_at_once_and_later_it_is_noted(signum):
         with pytest.raises(SystemExit) as raised:
             signal.raise_signal(signum)
         assert raised.value.code == 128 + signum
+        with pytest.raises(SystemExit):  # nothing to interrupt yet: no traceback
+            signal.raise_signal(signal.SIGINT)
         stop.defer()
         signal.raise_signal(signum)
         signal.raise_signal(signum)  # torchrun relays SIGTERM once more

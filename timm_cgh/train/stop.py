@@ -50,7 +50,7 @@ class StopRequest:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, signum: int, _: Any) -> None:
-        if signum == signal.SIGINT and self.signum:
+        if self.deferred and self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
         if not self.deferred:

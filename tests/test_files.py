@@ -34,7 +34,6 @@ def test_files_are_written_as_text_as_bytes_and_by_name(tmp_path):
         pass
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='permissions of POSIX')
 def test_content_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch):
     calls = record_disk_calls(monkeypatch)
     with atomic_write(tmp_path / 'file') as file:
@@ -43,6 +42,7 @@ def test_content_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, m
     assert calls == [('fsync', inode), ('replace', inode)]
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='permissions of POSIX')
 def test_written_files_have_the_users_permissions(tmp_path):
     old = os.umask(0o022)
     try:

@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.predictions import ENDINGS, TopClasses, load_classifier, write_predictions
 from timm_cgh.arguments import (
-    Parser, add_image_arguments, add_run_arguments, arguments_of, at_least_one, autocast_dtype)
+    Parser, add_config_argument, add_image_arguments, add_run_arguments, arguments_of, at_least_one, autocast_dtype)
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError
 from timm_cgh.eval import FeatureExtractor
@@ -26,8 +26,7 @@ from timm_cgh.files import make_folder
 _logger = logging.getLogger('eval')
 
 parser = Parser(__doc__)
-parser.add_argument('-c', '--config', metavar='FILE',
-                    help='YAML file of these options, which the command line overrides; default: none')
+add_config_argument(parser)
 add_image_arguments(parser)
 group = parser.add_argument_group('Model')
 group.add_argument('--model', metavar='NAME', required=True,

@@ -23,8 +23,8 @@ from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    KeyValues, Parser, add_dataset_arguments, add_decoding_arguments, add_device_arguments, arguments_of, at_least_one,
-    autocast_dtype, deviation, fraction, natural, non_negative, positive)
+    KeyValues, Parser, add_config_argument, add_dataset_arguments, add_decoding_arguments, add_device_arguments,
+    arguments_of, at_least_one, autocast_dtype, deviation, fraction, natural, non_negative, positive)
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.data.sources import create_decoding
@@ -51,8 +51,7 @@ DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'confi
 
 parser = Parser(__doc__)
 parser.default_config = DEFAULT_CONFIG
-parser.add_argument('-c', '--config', metavar='FILE',
-                    help='YAML file of these options, which the command line overrides; default: none')
+add_config_argument(parser)
 
 group = parser.add_argument_group('Data')
 group.add_argument('--data-dir', metavar='DIR',

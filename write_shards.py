@@ -16,7 +16,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.shards import read_index, write_shards
-from timm_cgh.arguments import Parser, add_image_arguments, arguments_of, at_least_one, natural, positive, random_seed
+from timm_cgh.arguments import (
+    Parser, add_config_argument, add_image_arguments, arguments_of, at_least_one, natural, positive, random_seed)
 from timm_cgh.distributed import end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.start import start_evaluation
@@ -24,8 +25,7 @@ from timm_cgh.eval.start import start_evaluation
 _logger = logging.getLogger('data')
 
 parser = Parser(__doc__)
-parser.add_argument('-c', '--config', metavar='FILE',
-                    help='YAML file of these options, which the command line overrides; default: none')
+add_config_argument(parser)
 add_image_arguments(parser, split='train')
 parser.add_argument('--in-chans', metavar='N', type=at_least_one, default=3,
                     help='3 (colour), 1 (grey) or number of bands, without which an image counts as unreadable')

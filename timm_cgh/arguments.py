@@ -18,10 +18,10 @@ from .files import read_yaml
 from .models.checkpoints import find_run_arguments
 
 __all__ = [
-    'KeyValues', 'Parser', 'add_dataset_arguments', 'add_decoding_arguments', 'add_device_arguments',
-    'add_evaluation_arguments', 'add_image_arguments', 'add_model_arguments', 'add_run_arguments',
-    'add_training_arguments', 'arguments_of', 'at_least_one', 'autocast_dtype', 'deviation', 'fraction',
-    'natural', 'non_negative', 'positive', 'random_seed']
+    'KeyValues', 'Parser', 'add_config_argument', 'add_dataset_arguments', 'add_decoding_arguments',
+    'add_device_arguments', 'add_evaluation_arguments', 'add_image_arguments', 'add_model_arguments',
+    'add_run_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one', 'autocast_dtype', 'deviation',
+    'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
@@ -237,6 +237,12 @@ class Parser(argparse.ArgumentParser):
         return item
 
 
+def add_config_argument(parser: Parser) -> None:
+    """Add the file that `Parser.parse` reads options from."""
+    parser.add_argument('-c', '--config', metavar='FILE',
+                        help='YAML file of these options, which the command line overrides; default: none')
+
+
 _DECODING = ('pixel_range', 'max_pixels', 'exif_orientation')
 
 
@@ -329,8 +335,7 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
         parser: of the job's script
         results: add --output (a folder) and --results-file
     """
-    parser.add_argument('-c', '--config', metavar='FILE',
-                        help='YAML file of these options, which the command line overrides; default: none')
+    add_config_argument(parser)
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME',
                        help="timm model, local-dir:RUN/export, hf-hub:OWNER/NAME; default: that of --checkpoint's run")

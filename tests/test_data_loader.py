@@ -263,6 +263,17 @@ def test_prefetched_views_are_those_of_the_batches_in_their_order(device):
         assert all(torch.equal(view.cpu(), other) for view, other in zip(views, others))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_no_epoch_takes_more_gpu_memory_than_the_first():
+    to_device, loader, allocated = ViewsToDevice([0.4], [0.2], 'cuda'), digits_loader(300, pin_memory=True), []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        for _ in to_device.prefetch(loader):
+            pass
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[2] == allocated[0]
+
+
 def test_pinned_memory_can_be_asked_for():
     loader = digits_loader(20, pin_memory=True)
     assert loader.loader.pin_memory

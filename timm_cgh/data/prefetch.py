@@ -21,6 +21,8 @@ class ViewsToDevice:
         self.device = torch.device(device)
         self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
+        # one for all epochs: cuBLAS keeps a workspace (32 MiB on an H100) for every stream that it was used on
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> List[torch.Tensor]:
@@ -37,19 +39,19 @@ class ViewsToDevice:
 
     def prefetch(self, loader: Iterable[Batch]) -> Iterator[Tuple[Batch, List[torch.Tensor]]]:
         """Yield each batch with its views; on a GPU the next ones are copied and augmented while these are in use."""
-        if self.device.type != 'cuda':
+        if self.stream is None:
             for batch in loader:
                 yield batch, self(batch)
             return
-        stream, ready = torch.cuda.Stream(self.device), None
+        ready = None
         for batch in loader:
             current = torch.cuda.current_stream(self.device)
-            stream.wait_stream(current)  # the step before last may still read the memory that these views reuse
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(current)  # the step before last may still read the memory that these views reuse
+            with torch.cuda.stream(self.stream):
                 views = self(batch)
             if ready is not None:
                 yield ready
-            current.wait_stream(stream)
+            current.wait_stream(self.stream)
             ready = batch, views
         if ready is not None:
             yield ready

@@ -55,9 +55,10 @@ def results(folder, name='knn.json', **changes):
 def test_card_has_the_values_that_the_run_settled_on(run):
     folder = run(bank_size=None)
     assert '| Memory bank | the power of two' in write(folder)
-    (folder / 'resolved.yaml').write_text('options: {bank_size: 64, lr: 0.125, warmup_epochs: 5.0}')
+    (folder / 'resolved.yaml').write_text('options: {bank_size: 64, lr: 0.125, warmup_epochs: 5.0}\nprocesses: 2')
     card = write(folder)
-    for row in ('| Memory bank | 64 |', '| Learning rate | 0.125 |', '| Warm-up epochs | 5.0 |'):
+    for row in ('| Memory bank | 64 |', '| Learning rate | 0.125 |', '| Warm-up epochs | 5.0 |',
+                '| Batch size | 256 x 2 processes |'):
         assert row in card
 
 
@@ -179,6 +180,7 @@ def test_results_of_weights_that_a_run_had_earlier_are_refused(run):
     folder = run()
     digest = weights_digest(create_model(f'local-dir:{folder}/export', pretrained=True))
     write(folder, results=[results(folder, digest=digest)])
+    write(folder, results=[results(folder, digest=digest, model='local-dir:/before/it/was/renamed')])
     with refused('results', 'measured on other weights than those in'):
         write(folder, results=[results(folder, digest='0' * 64)])
     write(folder, results=[results(folder, digest='0' * 64, weights='random')])

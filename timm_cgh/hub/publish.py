@@ -153,8 +153,8 @@ def write_folder(
     export, folder = Path(export), Path(folder)
     _check_target(export, folder)
     args = read_args(export.parent)
-    resolved = export.parent / 'resolved.yaml'
-    settled = read_yaml(resolved).get('options', {}) if resolved.exists() else {}
+    path = export.parent / 'resolved.yaml'
+    resolved = read_yaml(path) if path.exists() else {}
     rows = read_rows(str(export.parent / 'summary.csv'))
     config, model = check_folder(export), load_folder(export).eval()
     cfg = config.get('pretrained_cfg', {})
@@ -182,9 +182,9 @@ def write_folder(
             revision=revision,
             config=config,
             args=args,
-            settled=_RunArguments({**args, **settled}),
+            settled=_RunArguments({**args, **resolved.get('options', {})}),
             epochs=epochs_done(rows),
-            processes=progress.get('order', {}).get('world_size'),
+            processes=progress.get('order', {}).get('world_size', resolved.get('processes')),
             dataset=dataset,
             results=evaluations,
             model=model,

@@ -63,10 +63,13 @@ def read_knn_checks(
     return results
 
 
-def _check_model(results: Mapping[str, Any], architecture: str, export: Path) -> None:
-    """Refuse results that may be another model's: the last two folders of its path must be those of the export, or they
-    must be a baseline of the same architecture (random weights, raw pixels).
+def _check_model(results: Mapping[str, Any], architecture: str, export: Path, digest: Optional[str]) -> None:
+    """Refuse results that may be another model's: they must be of weights of that digest, or the last two folders of
+    its path must be those of the export, or they must be a baseline of the same architecture (random weights, raw
+    pixels).
     """
+    if digest and results.get('digest') == digest:
+        return  # wherever the export was then
     model, weights = str(results['model']), results.get('weights', 'its own')
     source, _, folder = model.partition(':')
     parts = Path(folder).parts[-2:]
@@ -115,7 +118,7 @@ def read_result(path: Union[str, Path], architecture: str, export: Path, digest:
         raise InputError(f'results={error}') from error
     try:
         result = _parse(results)
-        _check_model(results, architecture, export)
+        _check_model(results, architecture, export, digest)
     except InputError as error:
         raise InputError(f'results={path}: {error}') from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any other shape

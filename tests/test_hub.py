@@ -117,9 +117,18 @@ def test_every_row_pins_commit_and_content():
         assert len(bytes.fromhex(commit)) == 20 and len(bytes.fromhex(row['sha256'])) == 32
 
 
-def test_every_folder_of_weights_is_complete_and_loads():
-    for key in pretrained._folders():
-        assert timm.create_model(key, pretrained=True).pretrained_cfg['architecture'] == key.split('.')[0][4:]
+@pytest.mark.parametrize('key', pretrained._folders())
+def test_every_folder_of_weights_loads_the_same_by_every_name(key, images):
+    features = []
+    for model in (
+            timm.create_model(key, pretrained=True),
+            timm.create_model(f'local-dir:{pretrained._folders()[key]}', pretrained=True),
+            hub(key.split('.')[0])):
+        assert model.pretrained_cfg['architecture'] == key.split('.')[0][4:]
+        features.append(model.eval()(images))
+    assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2])
+    torch.manual_seed(0)
+    assert not torch.allclose(hub(key.split('.')[0], pretrained=False).eval()(images), features[0])
 
 
 def test_float16_weights_in_the_repository_load_into_a_float32_model(weights, images):

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.apply.embeddings import Embeddings, read_embeddings
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
-from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours
+from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours, mahalanobis_distances
 from timm_cgh.arguments import (
     Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, autocast_dtype, fraction)
 from timm_cgh.data.decode import UNREADABLE, read_thumbnail
@@ -79,7 +79,7 @@ def write_table(folder, name, header, rows):
         writer.writerows(rows)
 
 
-def write_tables(folder, names, found, clusters, outliers):
+def write_tables(folder, names, found, clusters, distances):
     """Write neighbours, pairs, clusters and outliers."""
     write_table(folder, 'neighbours.csv', ['file_name', 'rank', 'neighbour', 'cosine'], (
         [names[index], rank, names[other], f'{cosine:.6f}']
@@ -91,7 +91,7 @@ def write_tables(folder, names, found, clusters, outliers):
     write_table(folder, 'clusters.csv', ['cluster', 'file_name'], (
         [number, names[index]] for number, cluster in enumerate(clusters, start=1) for index in cluster))
     write_table(folder, 'outliers.csv', ['file_name', 'distance'], (
-        [names[index], f'{found.distances[index]:.6g}'] for index in outliers))
+        [names[index], f'{distances[index]:.6g}'] for index in distances.argsort(descending=True)))
 
 
 def save_grid(args, images, embeddings, rows, name, titles):
@@ -131,9 +131,10 @@ def main(argv=None):
     if process.primary:
         found = find_neighbours(embeddings.features.to(process.device), args.k, args.threshold)
         clusters = cluster_pairs(found.pairs, len(names))
-        outliers = found.distances.argsort(descending=True)
+        distances = mahalanobis_distances(embeddings.features.to(process.device))
+        outliers = distances.argsort(descending=True)
         with checking('output', args.output, OSError):
-            write_tables(args.output, names, found, clusters, outliers)
+            write_tables(args.output, names, found, clusters, distances)
             if images:
                 nearest = torch.cat([torch.arange(len(names))[:, None], found.indices[:, :8]], dim=1).tolist()
                 shown = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))[:args.rows]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.covariance import LedoitWolf
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
@@ -17,7 +18,7 @@ from data_files import encode, picture, write_images
 from evaluations import CPU
 from input_errors import check_refused, refused
 from script_runner import call_script, run_torchrun
-from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours
+from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours, mahalanobis_distances
 
 WEIGHTS = REPOSITORY / 'weights' / 'cgh_resnet18'
 
@@ -38,12 +39,28 @@ def test_search_agrees_with_scikit_learn(chunk):
     distances, indices = NearestNeighbors(n_neighbors=4, metric='cosine').fit(features).kneighbors()
     assert np.array_equal(found.indices, indices)
     np.testing.assert_allclose(found.cosines, 1 - distances, atol=1e-5)
-    euclidean, _ = NearestNeighbors(n_neighbors=4).fit(features).kneighbors()
-    np.testing.assert_allclose(found.distances, euclidean.mean(axis=1), atol=1e-5)
     unit = torch.nn.functional.normalize(features, dim=1)
     similar = {(i, j) for i in range(60) for j in range(i + 1, 60) if unit[i] @ unit[j] >= 0.8}
     assert {tuple(pair) for pair in found.pairs.tolist()} == similar and similar
     assert (found.pair_cosines.diff() <= 0).all()
+
+
+@pytest.mark.parametrize('count, dim, chunk', [(200, 6, 8192), (200, 6, 30), (30, 80, 8192), (2, 3, 1)])
+def test_distances_are_those_of_scikit_learn(count, dim, chunk):
+    features = torch.randn(count, dim, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, dim + 1) + 3
+    expected = LedoitWolf().fit(features.double()).mahalanobis(features.double()) ** 0.5
+    if count == 2:  # no estimate of the noise: either image is a standard deviation from their mean
+        expected = np.ones(2)
+    np.testing.assert_allclose(mahalanobis_distances(features, chunk), expected, rtol=1e-5)
+
+
+def test_equal_features_have_no_outlier():
+    assert torch.equal(mahalanobis_distances(torch.ones(5, 4)), torch.zeros(5, dtype=torch.float64))
+
+
+def test_features_that_are_not_finite_have_no_outliers():
+    with refused('model', 'are not finite'):
+        mahalanobis_distances(torch.tensor([[1.0], [torch.nan]]))
 
 
 def test_clusters_are_what_pairs_connect():
@@ -117,16 +134,15 @@ def test_a_planted_noise_image_is_among_the_strongest_outliers(tmp_path):
     assert len(outliers) == 121 and 'noise.png' in [row['file_name'] for row in outliers[:5]]
 
 
-def test_planted_noise_and_text_are_among_the_strongest_outliers_of_photographs(shared_data, tmp_path):
-    """For a network of random weights. By cosine they come in the middle."""
+@pytest.mark.parametrize('model', [['test_resnet', '--no-pretrained', '--img-size', '64'], ['cgh_resnet50']])
+def test_planted_noise_and_text_are_among_the_strongest_outliers_of_photographs(shared_data, tmp_path, model):
     for number, image in enumerate(read_photographs(shared_data, 12)):
         image.save(write_images(tmp_path / 'images', 0) / f'{number:03d}.png')
     picture(0, size=64).save(tmp_path / 'images' / 'noise.png')
     text = Image.new('RGB', (64, 64), 'white')
     ImageDraw.Draw(text).text((2, 2), 'a page\nof a book\nthat some-\nbody has\nscanned', fill='black')
     text.save(tmp_path / 'images' / 'text.png')
-    model = ['--model', 'test_resnet', '--no-pretrained', '--img-size', '64']
-    neighbours(tmp_path / 'out', *model, '--data-dir', tmp_path / 'images', '--rows', '1')
+    neighbours(tmp_path / 'out', '--model', *model, '--data-dir', tmp_path / 'images', '--rows', '1')
     outliers = [row['file_name'] for row in read_table(tmp_path / 'out' / 'outliers.csv')]
     assert len(outliers) == 169 and {'noise.png', 'text.png'} <= {*outliers[:5]}, outliers[:5]
 

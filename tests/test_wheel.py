@@ -128,11 +128,12 @@ def test_from_photographs_to_a_published_classifier(wheel, images):
     counts = [knn[name] for name in ('train_images', 'val_images', 'train_unreadable', 'val_unreadable')]
     assert counts == [42, 18, 1, 1]
 
-    call('neighbours', *model, '--data-dir', 'photos', '-o', 'alike', *cpu)
+    trained = f"local-dir:{REPOSITORY / 'weights' / 'cgh_resnet50'}"  # two epochs do not tell noise from texture
+    call('neighbours', '--model', trained, '--data-dir', 'photos', '-o', 'alike', *cpu)
     pairs = {frozenset((row['file_name_1'], row['file_name_2'])) for row in read_rows(images / 'alike/duplicates.csv')}
     assert {frozenset(('000.jpg', name)) for name in ('copy.jpg', 'half.png')} <= pairs
     outliers = [row['file_name'] for row in read_rows(images / 'alike/outliers.csv')]
-    assert len(outliers) == 603
+    assert len(outliers) == 603 and 'noise.png' in outliers[:5]
     assert first_columns(images / 'alike/images.unreadable.txt') == ['broken.jpg']
 
     call('embed', *model, '--data-dir', 'photos', '-o', 'photos.parquet', *cpu)
@@ -163,8 +164,3 @@ def test_from_photographs_to_a_published_classifier(wheel, images):
 
     call('shards', '--data-dir', 'photos', '-o', 'shards', '--workers', 0)
     assert first_columns(images / 'shards/train.unreadable.txt') == ['broken.jpg']
-
-    rank = outliers.index('noise.png') + 1
-    if rank > 5 and conftest.SHARED_DATA.exists():  # networks trained with other seeds: 6, 119; by cosine 184, 9
-        pytest.xfail(f'among real photographs, noise is only outlier {rank} of 603 for this hardly trained network')
-    assert rank <= 5

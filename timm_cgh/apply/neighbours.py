@@ -7,33 +7,32 @@ import torch.nn.functional as F
 
 from timm_cgh.errors import InputError
 
-__all__ = ['Neighbours', 'cluster_pairs', 'find_neighbours']
+__all__ = ['Neighbours', 'cluster_pairs', 'find_neighbours', 'mahalanobis_distances']
 
 _MAX_PAIRS = 10_000_000
 
 
 class Neighbours(NamedTuple):
     """indices: (N, k) of the nearest other images, nearest first; cosines: (N, k); pairs: (P, 2) indices i < j of
-    images at least as similar as a threshold; pair_cosines: (P,), descending; distances: (N,) mean Euclidean distance
-    to the k nearest by that distance, large for outliers (Ramaswamy et al., "Efficient Algorithms for Mining Outliers
-    from Large Data Sets", SIGMOD 2000; they take the k-th).
-
-    Outliers are not found by cosine: features behind a ReLU are positive and lie in a narrow cone, and an image that no
-    filter knows differs from the others in the length of its features rather than in their direction.
+    images at least as similar as a threshold; pair_cosines: (P,), descending.
     """
     indices: torch.Tensor
     cosines: torch.Tensor
     pairs: torch.Tensor
     pair_cosines: torch.Tensor
-    distances: torch.Tensor
+
+
+def _check_finite(features: torch.Tensor) -> None:
+    if not features.isfinite().all():
+        raise InputError('model: its features are not finite, the network has diverged')
 
 
 @torch.no_grad()
 def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95, chunk: int = 512) -> Neighbours:
-    """Exact search by cosine, and by distance for outliers, in blocks of `chunk` rows: memory grows with N, not N^2.
+    """Exact search by cosine, in blocks of `chunk` rows: memory grows with N, not N^2.
 
     Args:
-        features: (N, D), N > 1, not normalised; the search runs on their device
+        features: (N, D), N > 1; the search runs on their device
         k: nearest images, at most N - 1
         threshold: cosine of near-duplicates
         chunk: rows at a time
@@ -41,19 +40,14 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
     Raises:
         InputError: features that are not finite, or so low a threshold that the pairs do not fit into memory
     """
-    if not features.isfinite().all():
-        raise InputError('model: its features are not finite, the network has diverged')
-    unit, norms = F.normalize(features.float(), dim=1), features.float().norm(dim=1)
+    _check_finite(features)
+    unit = F.normalize(features.float(), dim=1)
     k = min(k, len(unit) - 1)
-    indices, cosines, pairs, pair_cosines, distances, count = [], [], [], [], [], 0
+    indices, cosines, pairs, pair_cosines, count = [], [], [], [], 0
     for start in range(0, len(unit), chunk):
         similarity = unit[start:start + chunk] @ unit.T  # (chunk, D) @ (D, N) -> (chunk, N)
         rows = torch.arange(len(similarity), device=unit.device)
-        own = norms[start:start + chunk, None]
-        squared = (own - norms) ** 2 + 2 * own * norms * (1 - similarity).clamp_(min=0)
-        squared[rows, start + rows] = torch.inf  # an image is not its own neighbour
-        distances.append(squared.topk(k, dim=1, largest=False).values.sqrt().mean(dim=1).cpu())
-        similarity[rows, start + rows] = -2
+        similarity[rows, start + rows] = -2  # an image is not its own neighbour
         top = similarity.topk(k, dim=1)
         indices.append(top.indices.cpu())
         cosines.append(top.values.cpu())
@@ -67,8 +61,45 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
             raise InputError(f'threshold={threshold:g}: more than {_MAX_PAIRS} pairs of images are as similar')
     order = torch.cat(pair_cosines).argsort(descending=True, stable=True)
     return Neighbours(
-        torch.cat(indices), torch.cat(cosines), torch.cat(pairs)[order], torch.cat(pair_cosines)[order],
-        torch.cat(distances))
+        torch.cat(indices), torch.cat(cosines), torch.cat(pairs)[order], torch.cat(pair_cosines)[order])
+
+
+@torch.no_grad()
+def mahalanobis_distances(features: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
+    """Distance of each image from the mean of all, in units of their spread in its direction: large for outliers.
+
+    As Lee et al. ("A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+    NeurIPS 2018) for a single class. The covariance is that of Ledoit and Wolf ("A well-conditioned estimator for
+    large-dimensional covariance matrices", 2004), which has an inverse for fewer images than features too.
+
+    Args:
+        features: (N, D), N > 1, not normalised: unlike images often differ in the length of their features
+        chunk: rows at a time
+
+    Returns:
+        (N,) float64, on the CPU
+
+    Raises:
+        InputError: features that are not finite
+    """
+    _check_finite(features)
+    count, dim = features.shape
+    blocks = features.split(chunk)
+    mean = sum(block.double().sum(dim=0) for block in blocks) / count
+    covariance, fourth = torch.zeros(dim, dim, dtype=torch.float64, device=features.device), 0.0
+    for block in blocks:
+        centred = block - mean
+        covariance += centred.T @ centred / count
+        fourth += float(centred.square().sum(dim=1).square().sum()) / count
+    scale, squares = float(covariance.trace()) / dim, float(covariance.square().sum())
+    if not scale:
+        return torch.zeros(count, dtype=torch.float64)
+    identity = scale * torch.eye(dim, dtype=torch.float64, device=features.device)
+    noise, spread = (fourth - squares) / count, float((covariance - identity).square().sum())
+    shrinkage = min(1.0, max(noise / spread, 1e-6)) if spread else 0.0  # at least what makes it invertible
+    factor = torch.linalg.cholesky(torch.lerp(covariance, identity, shrinkage))
+    return torch.cat([
+        torch.linalg.solve_triangular(factor, (block - mean).T, upper=False).norm(dim=0).cpu() for block in blocks])
 
 
 def cluster_pairs(pairs: torch.Tensor, count: int) -> List[List[int]]:

@@ -174,7 +174,7 @@ def test_the_command_draws_the_two_runs(tmp_path, runs):
     imread = pytest.importorskip('matplotlib.image').imread
     out = tmp_path / 'out' / 'fig2.png'
     out.parent.mkdir()
-    done = run_script('plot.py', 'relations', *runs, '--out', out)
+    done = run_script('plot.py', 'relations', *runs, '--out', out, plots=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert os.listdir(out.parent) == ['fig2.png'] and done.stdout.strip() == str(out)
     height, width = imread(out).shape[:2]

@@ -21,8 +21,7 @@ from training import TINY, check_ok, command, make_images, read_summary, train
 
 def test_without_data_it_trains_on_digits_and_leaves_all_files(tmp_path):
     text = check_ok(train('--epochs', 2, '--output', tmp_path, '--experiment', 'run', '--hidden-dim', 32, '--workers',
-                          0,
-                          '--knn-interval', 1, '--model', 'test_resnet', '--device', 'cpu'))
+                          0, '--knn-interval', 1, '--model', 'test_resnet', '--device', 'cpu', plots=True))
     folder = tmp_path / 'run'
     assert "UCI's 1,797 handwritten digits" in text
     assert re.search(r'kNN top-1: \d+\.\d+ % before, \d+\.\d+ % after training; raw pixels 9[89]\.\d+ %', text)
@@ -192,9 +191,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
 def test_a_killed_run_leaves_the_backbone_of_its_last_checkpoint(tmp_path):
     process = subprocess.Popen(
-        command(*TINY, '--dataset', 'digits', '--in-chans', 1, '--epochs', 1000, '--knn-interval', 0, '--output',
-                tmp_path,
-                '--experiment', 'run'),
+        command(*TINY, '--dataset', 'digits', '--in-chans', 1, '--batch-size', 64, '--epochs', 1000,
+                '--knn-interval', 0, '--output', tmp_path, '--experiment', 'run'),
         env=ENV, cwd=REPOSITORY, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     for line in process.stderr:
         if 'epoch 1: ' in line:
@@ -210,6 +208,7 @@ def test_a_collapsed_representation_is_announced(tmp_path, images):
     # nothing is learnt, and a projector without weights gives every image the same embedding
     text = check_ok(train(
         *TINY, '--dataset', 'digits', '--in-chans', 1, '--batch-size', 128, '--epochs', 4, '--output', tmp_path,
-        '--experiment', 'run', '--context', 'global', '--lr', 3, '--weight-decay', 0.3, '--momentum-teacher', 0.5))
+        '--experiment', 'run', '--context', 'global', '--lr', 3, '--weight-decay', 0.3, '--momentum-teacher', 0.5,
+        '--knn-interval', 4))
     assert float(read_summary(tmp_path / 'run')[-1]['eval_rankme']) < 2
     assert 'collapsed' in text

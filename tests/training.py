@@ -28,8 +28,8 @@ def torchrun(*args, processes=2):
     return [sys.executable, *launch, str(REPOSITORY / 'train.py'), *map(str, args)]
 
 
-def train(*args, cwd=REPOSITORY):
-    return run_script('train.py', *args, cwd=cwd)
+def train(*args, cwd=REPOSITORY, plots=False):
+    return run_script('train.py', *args, cwd=cwd, plots=plots)
 
 
 def check_ok(done):

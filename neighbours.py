@@ -79,7 +79,7 @@ def write_table(folder, name, header, rows):
         writer.writerows(rows)
 
 
-def write_tables(folder, names, found, clusters, distances):
+def write_tables(folder, names, found, clusters, outliers, distances):
     """Write neighbours, pairs, clusters and outliers."""
     write_table(folder, 'neighbours.csv', ['file_name', 'rank', 'neighbour', 'cosine'], (
         [names[index], rank, names[other], f'{cosine:.6f}']
@@ -91,7 +91,7 @@ def write_tables(folder, names, found, clusters, distances):
     write_table(folder, 'clusters.csv', ['cluster', 'file_name'], (
         [number, names[index]] for number, cluster in enumerate(clusters, start=1) for index in cluster))
     write_table(folder, 'outliers.csv', ['file_name', 'distance'], (
-        [names[index], f'{distances[index]:.6g}'] for index in distances.argsort(descending=True)))
+        [names[index], f'{distance:.6g}'] for index, distance in zip(outliers, distances)))
 
 
 def save_grid(args, images, embeddings, rows, name, titles):
@@ -129,12 +129,12 @@ def main(argv=None):
         raise InputError('data_dir: neighbours need at least two images')
 
     if process.primary:
-        found = find_neighbours(embeddings.features.to(process.device), args.k, args.threshold)
+        features = embeddings.features.to(process.device)
+        found = find_neighbours(features, args.k, args.threshold)
         clusters = cluster_pairs(found.pairs, len(names))
-        distances = mahalanobis_distances(embeddings.features.to(process.device))
-        outliers = distances.argsort(descending=True)
+        distances, outliers = mahalanobis_distances(features).sort(descending=True)
         with checking('output', args.output, OSError):
-            write_tables(args.output, names, found, clusters, distances)
+            write_tables(args.output, names, found, clusters, outliers, distances)
             if images:
                 nearest = torch.cat([torch.arange(len(names))[:, None], found.indices[:, :8]], dim=1).tolist()
                 shown = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))[:args.rows]

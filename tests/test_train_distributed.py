@@ -3,12 +3,16 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import REPOSITORY
 from script_runner import ENV
 from timm_cgh.train.checkpoint import read_checkpoint
+from timm_cgh.train.meter import Meter
+from timm_cgh.train.run import Run, Step
 from training import TINY, check_ok, command, read_summary, torchrun, train
 
 
@@ -23,6 +27,20 @@ def test_two_processes_train_by_torchrun(tmp_path, images):
     alone = check_ok(train(*args, '--epochs', 1, '--experiment', 'alone'))
     line = r'kNN top-1: raw pixels .*'  # and of the backbone before training: shared, the same
     assert re.findall(line, text) == re.findall(line, alone) != []
+
+
+@pytest.mark.parametrize('logged, reads', [(False, 0), (True, 1)])
+@pytest.mark.parametrize('terminal', [False, True])
+def test_a_terminal_of_rank_zero_changes_no_exchange_between_the_processes(monkeypatch, terminal, logged, reads):
+    exchanges, losses = [], []
+    monkeypatch.setattr(Meter, '_averaged_sums', lambda meter: exchanges.append(meter) or meter.sums)
+    progress = SimpleNamespace(start=0, bar=SimpleNamespace(disable=not terminal, update=lambda: None),
+                               report=lambda done, loss, *_: losses.append(loss))
+    run = SimpleNamespace(meter=Meter(), progress=progress, optimizer=SimpleNamespace(param_groups=[{'lr': 0.1}]),
+                          knn=None)
+    run._finite = lambda *loss: Run._finite(run, *loss)
+    assert Run.record(run, Step(0, [], torch.zeros(0), 2, update=False, logged=logged), {'loss': torch.tensor(3.5)})
+    assert len(exchanges) == reads and losses == [3.5] * (terminal or logged)
 
 
 def test_processes_that_find_different_checkpoints_are_refused(tmp_path, images):

@@ -213,11 +213,11 @@ class Run:
         self.meter.update(result)
         self.batch = step.batch + 1
         self.progress.bar.update()
-        if step.logged and not self._finite():
+        loss = result['loss']  # of this process: only rank 0 may have a terminal, and to read the meter is collective
+        if step.logged and not self._finite(loss := self.meter.read()['loss']):
             return False
         if step.logged or (self.progress.start == step.batch and not self.progress.bar.disable):
-            self.progress.report(
-                self.batch, self.meter.read()['loss'], self.optimizer.param_groups[0]['lr'], self.knn)
+            self.progress.report(self.batch, float(loss), self.optimizer.param_groups[0]['lr'], self.knn)
         if not step.update or self.batch == len(self.loader):
             return True
         if self.stop.due(self.settings.log_interval) and self.stop.agreed(self.process.device):
@@ -235,9 +235,9 @@ class Run:
                 if len(self.unreadable) <= 100:  # the number is logged at the end
                     _logger.warning(f'Unreadable image skipped: {name} ({len(self.unreadable)} so far)')
 
-    def _finite(self) -> bool:
-        """Whether the mean loss is; if not, the run ends. Collective: every rank must call."""
-        if math.isfinite(self.meter.read()['loss']):
+    def _finite(self, loss: float) -> bool:
+        """Whether the mean loss is; if not, the run ends."""
+        if math.isfinite(loss):
             return True
         saved = any(name.endswith('.pth.tar') for name in os.listdir(self.folder))
         _logger.error(
@@ -248,7 +248,7 @@ class Run:
         return False
 
     def _save_recovery(self) -> bool:
-        if not self._finite():  # never replace a good checkpoint by a broken state
+        if not self._finite(self.meter.read()['loss']):  # never replace a good checkpoint by a broken state
             return False
         meter = self.meter.state_dict()
         if self.process.primary:

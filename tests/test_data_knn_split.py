@@ -108,7 +108,11 @@ def test_parquet_slice_is_compared_with_the_test_split(shared_data, tmp_path):
     assert query.dataset is reference.dataset  # test is trained on in part, and train is not a name for validation
 
 
-def test_streams_are_compared_only_where_a_split_is_named(tmp_path):
+@pytest.mark.parametrize('processes', [1, 2])
+def test_streams_are_compared_only_where_a_split_is_named(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr('torch.distributed.is_initialized', lambda: processes > 1)
+    monkeypatch.setattr('torch.distributed.get_world_size', lambda: processes)
+    monkeypatch.setattr('torch.distributed.get_rank', lambda: 0)
     source = dict(dataset='wds/', train_split=write_shards(tmp_path, 12, name='train'))
     val, _, _ = write_shards(tmp_path, 12, shards=1, name='val').partition('|')
     assert open_sets(tmp_path, **source)[0] is None

@@ -46,6 +46,8 @@ def _open_streams(train_split: str, val_split: str, max_images: Optional[int], s
         source = {**source, 'num_samples': max_images}  # some readers need a number
     splits = {'train_split': train_split, 'val_split': val_split}
     streams = [open_dataset(split=split, split_parameter=name, **source) for name, split in splits.items()]
+    for stream in streams:
+        stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1  # all of it: one process reads it for all
     return streams if max_images is None else [_FirstImages(stream, max_images) for stream in streams]
 
 

@@ -14,7 +14,7 @@ from timm_cgh.errors import InputError
 from timm_cgh.files import Summary
 from timm_cgh.train.checkpoint import RunSaver, read_checkpoint
 from timm_cgh.train.meter import Meter
-from timm_cgh.train.resume import ResumePoint, claim_folder, find_checkpoint, restore
+from timm_cgh.train.resume import ResumePoint, claim_folder, find_checkpoint, find_run, restore
 
 
 def create_saver(task, optimizer, folder):
@@ -178,6 +178,17 @@ def test_an_older_checkpoint_serves_where_the_last_one_is_broken(saver, tmp_path
     (tmp_path / 'last.pth.tar').write_bytes(b'torn')
     point = find_checkpoint(str(tmp_path))
     assert point.path.endswith('checkpoint-0.pth.tar') and point.progress['epoch'] == 1
+
+
+@pytest.mark.parametrize('name', ['milestone-1.pth.tar', 'copy.pth.tar'])
+def test_broken_checkpoints_do_not_hide_a_readable_one(saver, tmp_path, name):
+    saver.save_checkpoint(0)
+    (tmp_path / 'last.pth.tar').rename(tmp_path / name)
+    for broken in ('last.pth.tar', 'checkpoint-0.pth.tar'):
+        (tmp_path / broken).unlink(missing_ok=True)  # a hard link
+        (tmp_path / broken).write_bytes(b'torn')
+    for resume in ['auto'] * name.startswith('milestone') + [str(tmp_path / name)]:
+        assert find_run(str(tmp_path.parent), tmp_path.name, resume, '')[1].path == str(tmp_path / name)
 
 
 def test_checkpoints_that_are_all_broken_are_refused_not_overwritten(tmp_path):

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -53,7 +53,10 @@ def find_checkpoint(folder: str) -> Optional[ResumePoint]:
         InputError: checkpoints, but none that can be read
     """
     best, broken = None, ''
-    for patterns in (('last.pth.tar', 'recovery-*.pth.tar'), ('checkpoint-*.pth.tar', 'model_best.pth.tar')):
+    for patterns in (
+            ('last.pth.tar', 'recovery-*.pth.tar'),
+            ('checkpoint-*.pth.tar', 'milestone-*.pth.tar', 'model_best.pth.tar'),
+    ):
         for path in _files(folder, *patterns):
             try:
                 point = ResumePoint(path, read_checkpoint(path, mmap=True))
@@ -74,14 +77,15 @@ def _open_resume(resume: Optional[str], folder: str) -> Optional[ResumePoint]:
     """What `resume` names: `auto`, a file, or `hf-hub:owner/name[@revision]`."""
     if resume is None:
         return None
-    newest = find_checkpoint(folder)
     if resume == 'auto':
-        return newest
+        return find_checkpoint(folder)
     if resume.startswith(HUB_PREFIX):
         repo_id, revision = split_hub_name(resume)
         with checking('resume', resume, RuntimeError):
             resume = fetch(repo_id, TASK_FILE, revision)
-    state = read_checkpoint(resume, mmap=True)
+    state, newest = read_checkpoint(resume, mmap=True), None
+    with suppress(InputError):  # the folder's own are all broken
+        newest = find_checkpoint(folder)
     return ResumePoint(resume, state, newest is not None and position(newest.state) > position(state))
 
 

@@ -175,13 +175,19 @@ def evaluate_untrained(args) -> Optional[Run]:
     return None if top1 is None else Run('random weights', args.seed, *top1)
 
 
+def is_trained(export, epochs):
+    """Whether an export is that of the last epoch: one of an earlier epoch is left by a run that was stopped."""
+    config = os.path.join(export, 'config.json')
+    return os.path.exists(config) and read_json(config)['pretrained_cfg']['tag'].endswith(f'_{epochs}ep')
+
+
 def run_method(args, name, options) -> Optional[Run]:
     """Train and evaluate; None where either failed."""
     label, runs = f'{name}-{args.seed}', os.path.join(args.output, 'runs')
     folder = os.path.join(runs, label)
     export, summary = os.path.join(folder, 'export'), os.path.join(folder, 'summary.csv')
     method = [*method_options(name, args, options), '--seed', str(args.seed)]
-    if len(read_rows(summary)) < args.epochs or not os.path.isdir(export):
+    if not is_trained(export, args.epochs):
         _logger.info(f'{label}: training')
         where = ['--output', runs, '--experiment', label, '--resume', 'auto']
         if not call('train.py', [*method, *where], f'{folder}.log'):

@@ -62,6 +62,22 @@ def test_moco_splits_the_batch_statistics_and_other_methods_keep_their_options(g
         check_method(method)
 
 
+def test_a_run_is_trained_once_its_export_is_of_the_last_epoch(tmp_path, monkeypatch):
+    options = [str(option) for option in (*DIGITS, '--epochs', 2)]
+    args = train.parser.parse(options)
+    args.output, called = str(tmp_path), []
+    monkeypatch.setattr(script, 'call', lambda name, *_: called.append(name))
+    monkeypatch.setattr(script, 'evaluate', lambda *_: (40.0, 50.0))
+    folder = tmp_path / 'runs' / 'cross-42'
+    (folder / 'export').mkdir(parents=True)
+    (folder / 'summary.csv').write_text('epoch,train_images_per_s\n0,10\n1,20\n')
+    for epochs in (1, 2, 12):
+        (folder / 'export' / 'config.json').write_text(json.dumps(dict(pretrained_cfg=dict(tag=f'cgh_{epochs}ep'))))
+        run = script.run_method(args, 'cross', options)
+        assert (run is not None, called) == ((True, []) if epochs == 2 else (False, ['train.py']))
+        called.clear()
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_on_digits_does_only_what_is_missing(tmp_path):
     pytest.importorskip('lightly', reason='SimCLR is that of the lightly library')

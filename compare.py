@@ -136,7 +136,8 @@ def call(script, options, log):
         raise
     if code:
         with open(log, encoding='utf-8') as file:
-            _logger.error(f'{script}: exit code {code}: {file.read().strip().splitlines()[-1]} ({log})')
+            last = file.read().strip().rpartition('\n')[2]
+        _logger.error(f'{script}: exit code {code}: {last} ({log})')
     return code == 0
 
 

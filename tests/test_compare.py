@@ -78,6 +78,11 @@ def test_a_run_is_trained_once_its_export_is_of_the_last_epoch(tmp_path, monkeyp
         called.clear()
 
 
+def test_a_script_that_says_nothing_before_it_fails_is_named(tmp_path, caplog):
+    (tmp_path / 'child.py').write_text('raise SystemExit(3)')
+    assert not script.call(str(tmp_path / 'child.py'), [], str(tmp_path / 'log')) and 'exit code 3' in caplog.text
+
+
 @pytest.mark.slow
 def test_an_interrupted_comparison_on_digits_does_only_what_is_missing(tmp_path):
     pytest.importorskip('lightly', reason='SimCLR is that of the lightly library')

@@ -5,8 +5,9 @@
     python compare.py --methods cross global moco --seeds 1 2 3 --data-dir images/ --model resnet18 --epochs 100
 
 Each method and seed is a run of train.py, followed by eval_knn.py and eval_linear.py --cache-features on its export.
-All options that are not listed here are those of train.py, and the same for all methods. Finished runs are kept: the
-same command continues after an interruption.
+All options that are not listed here are those of train.py, and the same for all methods, with two exceptions: MoCo-v2
+gets --bn-splits 8, where the batch allows it, which stands in for its ShuffleBN, and ReSSL has no warm-up by InfoNCE.
+Finished runs are kept: the same command continues after an interruption.
 """
 import importlib.util
 import logging

@@ -25,7 +25,7 @@ import torch
 import benchmarks
 from timm_cgh.arguments import Parser, at_least_one, natural
 from timm_cgh.distributed import init_process
-from timm_cgh.errors import InputError, checking
+from timm_cgh.errors import InputError, checking, redact
 from timm_cgh.files import atomic_write, make_folder
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import check_model
@@ -106,7 +106,7 @@ def measure(args):
     cpu = f'{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}'
     on_gpu = torch.device(getattr(args, 'device', 'cpu')).type == 'cuda'
     result.update(
-        options=vars(args),
+        options=redact(vars(args)),
         processor=torch.cuda.get_device_name() if on_gpu else cpu,
         threads=torch.get_num_threads(),
         torch=torch.__version__,

@@ -12,6 +12,7 @@ Finished runs are kept: the same command continues after an interruption.
 import importlib.util
 import logging
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from timm import utils
 
 import train
 from timm_cgh.arguments import Parser, random_seed
-from timm_cgh.errors import InputError
+from timm_cgh.errors import InputError, redact
 from timm_cgh.files import atomic_write, make_folder, read_json, read_rows, read_yaml
 from timm_cgh.plots import Run, save_chart, save_tables
 from timm_cgh.task import BASELINES
@@ -108,9 +109,9 @@ def open_output(own, args):
     """Write `args.yaml`; reject a folder whose finished runs have other settings."""
     make_folder(args.output, 'output', args.output)
     path = os.path.join(args.output, 'args.yaml')
-    content = yaml.safe_dump({**vars(own), 'train': vars(args)}, default_flow_style=None, sort_keys=False)
+    content = yaml.safe_dump({**vars(own), 'train': redact(vars(args))}, default_flow_style=None, sort_keys=False)
     if os.path.exists(path):
-        before = read_yaml(path).get('train')
+        before = redact(read_yaml(path).get('train'))
         if not isinstance(before, dict):
             raise InputError(f'{path}: not the arguments of a comparison')
         for name, value in yaml.safe_load(content)['train'].items():  # as a file holds it: lists for tuples
@@ -205,7 +206,7 @@ def run_method(args, name, options) -> Optional[Run]:
         *top1,
         images_per_s=statistics.median_high(float(row['train_images_per_s']) for row in rows),
         peak_memory_mib=max(memory, default=None),
-        command=' '.join(['python train.py', *method]),
+        command=shlex.join(['python', 'train.py', *map(redact, method)]),
     )
     _logger.info(f'{label}: kNN {run.knn:.2f} %, linear {run.linear:.2f} %, {run.images_per_s:.0f} images/s')
     return run

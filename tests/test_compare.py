@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -63,7 +64,7 @@ def test_moco_splits_the_batch_statistics_and_other_methods_keep_their_options(g
 
 
 def test_a_run_is_trained_once_its_export_is_of_the_last_epoch(tmp_path, monkeypatch):
-    options = [str(option) for option in (*DIGITS, '--epochs', 2)]
+    options = [str(option) for option in (*DIGITS, '--epochs', 2, '--data-dir', 'https://me:secret@host/a b')]
     args = train.parser.parse(options)
     args.output, called = str(tmp_path), []
     monkeypatch.setattr(script, 'call', lambda name, *_: called.append(name))
@@ -76,6 +77,17 @@ def test_a_run_is_trained_once_its_export_is_of_the_last_epoch(tmp_path, monkeyp
         run = script.run_method(args, 'cross', options)
         assert (run is not None, called) == ((True, []) if epochs == 2 else (False, ['train.py']))
         called.clear()
+        if run is not None:
+            command = shlex.split(run.command)
+            assert command[:2] == ['python', 'train.py'] and 'https://***@host/a b' in command
+
+
+def test_a_login_is_kept_nowhere(tmp_path):
+    args = train.parser.parse(['--data-dir', 'https://me:secret@host/'])
+    args.output = str(tmp_path)
+    for _ in range(2):
+        script.open_output(script.parser.parse_args([]), args)
+    assert 'https://***@host/' in (tmp_path / 'args.yaml').read_text()
 
 
 def test_a_script_that_says_nothing_before_it_fails_is_named(tmp_path, caplog):

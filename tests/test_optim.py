@@ -120,12 +120,15 @@ def usable(name):
 
 
 @pytest.mark.parametrize('name', [name for name in list_optimizers() if usable(name)]
-                         + ['lookahead_momentum', 'lookahead_adamw'])
+                         + ['lookahead_momentum', 'lookahead_adamw', 'adagrad fused'])
 def test_every_timm_optimiser_continues_exactly_after_a_resume(name):
+    name, *fused = name.split()
+
     def create():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 8))
-        return model, create_optimizer_v2(model, name, lr=0.01, weight_decay=0.01)
+        return model, create_optimizer_v2(
+            model, name, lr=0.01, weight_decay=0.01, **dict.fromkeys(fused, True))
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -32,7 +32,7 @@ def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
 def _check_fused(optimizer: torch.optim.Optimizer) -> None:
     """Raise `ValueError` for state that torch's fused kernels would read out of bounds: they check nothing."""
     for parameter, state in optimizer.state.items():
-        least, most = _FUSED_STATE[type(optimizer)]
+        least, most = _FUSED_STATE.get(type(optimizer), (set(), {*state}))
         if state and not least <= state.keys() <= most:
             raise ValueError(f"per-parameter state {', '.join(sorted(state))}")
         for name, value in state.items():

@@ -45,6 +45,13 @@ def test_every_parameter_gets_a_gradient_and_the_loss_falls(method):
 
 
 @pytest.mark.parametrize('method', BASELINES)
+def test_what_cgh_exempts_from_weight_decay_the_baselines_do_as_well(method):
+    cgh = create_task('test_vit', hidden_dim=32, embed_dim=16, bank_size=64).student.no_weight_decay()
+    task = create_baseline_task(method, timm.create_model('test_vit', num_classes=0), **WIDTHS)
+    assert task.student.no_weight_decay() == cgh and 'backbone.pos_embed' in cgh
+
+
+@pytest.mark.parametrize('method', BASELINES)
 def test_a_checkpoint_holds_all_of_it(method):
     task = baseline(method)
     task(views())['loss'].backward()

@@ -5,6 +5,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from timm_cgh.models.encoder import ContextEncoder
+
 from .momentum import MomentumTask
 
 __all__ = ['BaselineEncoder', 'BaselineTask', 'Outputs']
@@ -35,6 +37,8 @@ class BaselineEncoder(nn.Module):
             prediction = projection if self.predictor is None else self.predictor(projection).float()
             result.append((projection, prediction))
         return result
+
+    no_weight_decay = ContextEncoder.no_weight_decay
 
 
 class BaselineTask(MomentumTask):

@@ -194,7 +194,9 @@ class Summary:
         self.path = path
         self.rows: List[Dict[str, Any]] = []
         if start:
-            self.rows = [row for row in read_rows(path, unit) if int(row[unit]) < start]
+            self.rows = [
+                {name: int(text) if text.isdigit() else float(text) for name, text in row.items() if text}
+                for row in read_rows(path, unit) if int(row[unit]) < start]
 
     def add(self, row: Dict[str, Any]) -> None:
         """Append a row and write the file."""

@@ -19,7 +19,7 @@ class Result(NamedTuple):
     Args:
         folder: of the run, with checkpoints, curves and `export/`
         backbone: the trained backbone on the CPU, a plain timm model without classifier, in eval mode
-        epochs: rows of `summary.csv`: losses, kNN accuracy and other figures of each epoch
+        epochs: rows of `summary.csv`: losses, kNN accuracy and other figures that an epoch has, as numbers
         knn: top-1 in percent of the last kNN evaluation, None where no images are labelled
     """
     folder: str

@@ -41,7 +41,7 @@ from timm_cgh.train.build import (
     build_backbone, build_optimizer, build_scheduler, build_task, build_tracker, check_views)
 from timm_cgh.train.monitor import KnnMonitor, QualityMonitor
 from timm_cgh.train.outputs import describe_run
-from timm_cgh.train.resume import check_ranks_agree, claim_folder, find_run
+from timm_cgh.train.resume import claim_folder, find_run
 from timm_cgh.train.run import Run
 from timm_cgh.train.settings import choose_views, settle, task_options
 from timm_cgh.train.stop import StopRequest
@@ -391,7 +391,7 @@ def pretrain(args):
         monitor = build_monitor(args, dataset, data_config, process)
         optimizer, scheduler, scaler = prepare_optimization(args, task, len(loader), process)
 
-        folder = stack.enter_context(claim_folder(folder, args.output, bool(args.experiment), point, process))
+        folder = stack.enter_context(claim_folder(folder, args.output, bool(args.experiment), point is None, process))
         if process.primary:
             open_log(os.path.join(folder, 'train.log'))
         run = Run(
@@ -415,7 +415,7 @@ def pretrain(args):
             tracker=tracker,
         )
         run.resume(point)
-        check_ranks_agree(point)
+        del point  # its tensors would stay mapped to the end
         if process.distributed:
             task.prepare_distributed(device_ids=[process.device] if process.device.type == 'cuda' else None)
         _logger.info(

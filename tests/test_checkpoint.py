@@ -307,32 +307,32 @@ def test_a_broken_meter_is_refused(state):
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
-    with claim_folder(str(tmp_path / 'run'), str(tmp_path), True, None, Process()) as folder:
+    with claim_folder(str(tmp_path / 'run'), str(tmp_path), True, True, Process()) as folder:
         (tmp_path / 'run' / '.args.yaml.123.tmp').touch()
         with pytest.raises(InputError, match='experiment=run: another process is training'), \
-                claim_folder(folder, str(tmp_path), True, None, Process()):
+                claim_folder(folder, str(tmp_path), True, True, Process()):
             pass
         assert (tmp_path / 'run' / '.args.yaml.123.tmp').exists()  # it may be the other's
     (tmp_path / 'run' / '.export-abc').mkdir()
     (tmp_path / 'run' / '.export-abc' / 'model.safetensors').touch()
     for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar', 'model_best.pth.tar.tmp'):
         (tmp_path / 'run' / name).touch()
-    with claim_folder(folder, str(tmp_path), True, None, Process()):
+    with claim_folder(folder, str(tmp_path), True, True, Process()):
         assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['.lock']
     assert not list((tmp_path / 'run').iterdir())
 
 
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path):
     name = str(tmp_path / 'new' / '20240101-120000-resnet50-224')
-    with claim_folder(name, str(tmp_path / 'new'), False, None, Process()) as first, \
-            claim_folder(name, str(tmp_path / 'new'), False, None, Process()) as second:
+    with claim_folder(name, str(tmp_path / 'new'), False, True, Process()) as first, \
+            claim_folder(name, str(tmp_path / 'new'), False, True, Process()) as second:
         assert (first, second) == (name, f'{name}-2')
 
 
 def test_a_run_that_was_finished_meanwhile_is_not_overwritten(saver, tmp_path):
     saver.save_checkpoint(0)
     with pytest.raises(InputError, match='holds a run'), \
-            claim_folder(str(tmp_path), str(tmp_path.parent), True, None, Process()):
+            claim_folder(str(tmp_path), str(tmp_path.parent), True, True, Process()):
         pass
 
 

@@ -1,6 +1,7 @@
 """Pre-training from Python, and the console script."""
 import logging
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,22 @@ def test_two_runs_in_one_process_are_equal_and_leave_nothing_behind(images, tmp_
     for (name, a), b in zip(first.backbone.state_dict().items(), second.backbone.state_dict().values()):
         assert torch.equal(a, b), name
     assert first.backbone(torch.rand(1, 3, 16, 16)).shape == (1, first.backbone.num_features)
+
+
+def test_a_resume_gives_numbers_and_lets_go_of_its_checkpoint(images, tmp_path, monkeypatch):
+    options = {**OPTIONS, 'experiment': 'run', 'output': str(tmp_path), 'resume': 'auto', 'opt': 'adamw'}
+    timm_cgh.pretrain(images, 'test_resnet', **{**options, 'knn_interval': 0})
+    step, mapped = script.train_one_epoch, []
+
+    def look(args, run, epoch):
+        mapped.append('last.pth.tar' in Path('/proc/self/maps').read_text())
+        step(args, run, epoch)
+
+    if Path('/proc/self/maps').exists():
+        monkeypatch.setattr(script, 'train_one_epoch', look)
+    before, after = timm_cgh.pretrain(images, 'test_resnet', **{**options, 'epochs': 2}).epochs
+    assert all(isinstance(value, (int, float)) for value in before.values()) and not any(mapped)
+    assert 'eval_knn' in after.keys() - before.keys() and (before['epoch'], after['epoch']) == (0, 1)
 
 
 @pytest.mark.parametrize('options, named', [

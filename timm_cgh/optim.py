@@ -67,5 +67,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> N
         _check_fused(optimizer)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if isinstance(value, torch.Tensor):
+                layout = parameter if value.shape == parameter.shape else value
+                values[name] = torch.empty_like(layout, dtype=value.dtype).copy_(value)

@@ -57,7 +57,7 @@ class Meter:
         Raises:
             KeyError, TypeError, ValueError: not a state of a meter
         """
-        self.sums = {tuple(names): sums.to(device) for names, sums in state['sums']}
+        self.sums = {tuple(names): sums.to(device, copy=True) for names, sums in state['sums']}
         self.counts = {tuple(names): int(count) for names, count in state['counts']}
         if self.sums.keys() != self.counts.keys() or any(s.shape != (len(names),) for names, s in self.sums.items()):
             raise ValueError('the sums of the meter do not fit their names')

@@ -134,7 +134,7 @@ def claim_folder(
         folder: str,
         output: str,
         named: bool,
-        point: Optional[ResumePoint],
+        fresh: bool,
         process: Process,
 ) -> Iterator[str]:
     """Make the run's folder and lock it against other processes while the block runs.
@@ -145,7 +145,7 @@ def claim_folder(
         folder: of `find_run`
         output: folder of all runs
         named: whether the user has named the run; otherwise the folder gets a number where its name is taken
-        point: checkpoint that the run continues from
+        fresh: whether the run continues from no checkpoint
         process: this process
 
     Raises:
@@ -156,7 +156,7 @@ def claim_folder(
         try:
             folder = _make_run_folder(folder, output, named)
             lock = _lock(folder)
-            if point is None:
+            if fresh:
                 _check_unused(folder)  # another process may have finished a run there since `find_run`
             _remove_litter(folder)
         except InputError as error:

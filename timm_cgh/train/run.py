@@ -26,7 +26,7 @@ from .monitor import Accuracy, KnnMonitor, QualityMonitor
 from .outputs import (
     describe_epoch, export_run, list_files, warn_if_collapsed, write_neighbours, write_plots, write_settings,
     write_views)
-from .resume import ResumePoint, is_within, restore
+from .resume import ResumePoint, check_ranks_agree, is_within, restore
 from .stop import StopRequest
 
 __all__ = ['Run', 'Step']
@@ -123,11 +123,12 @@ class Run:
     # ---- beginning
 
     def resume(self, point: Optional[ResumePoint]) -> None:
-        """Continue from a checkpoint, where there is one.
+        """Continue from a checkpoint, where there is one. Collective: every rank must call.
 
         Raises:
-            InputError: the checkpoint does not fit this run
+            InputError: the checkpoint does not fit this run, or is not that of the other ranks
         """
+        check_ranks_agree(point)
         if point is None:
             return
         restore(point, self.task, self.optimizer, self.scaler)

@@ -120,7 +120,7 @@ def test_options_run(tmp_path, images, options):
 def test_milestones_count_from_the_beginning_of_the_run(tmp_path, images):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 3, '--output', tmp_path, '--experiment', 'run',
                    '--knn-interval', 0,
-                   '--sched', 'multistep', '--decay-milestones', 1, 2, '--warmup-epochs', 0.5))
+                   '--sched', 'multistep', '--decay-milestones', 2, 1, '--warmup-epochs', 0.5))
     assert [float(row['lr']) for row in read_summary(tmp_path / 'run')] == pytest.approx([0.003, 0.0003,
                                                                                           0.0003])  # at their ends
 

@@ -212,7 +212,7 @@ def build_scheduler(
             **options,
             'num_epochs': epochs - warmup,
             'warmup_prefix': True,
-            'decay_milestones': [max(0, epoch - warmup) for epoch in options['decay_milestones']],
+            'decay_milestones': sorted(max(0, epoch - warmup) for epoch in options['decay_milestones']),
             'step_on_epochs': False,
             'updates_per_epoch': updates_per_epoch,
         })

@@ -30,7 +30,7 @@ from timm_cgh.data.fingerprint import fingerprint
 from timm_cgh.data.sources import create_decoding
 from timm_cgh.distributed import end_process, init_process
 from timm_cgh.errors import InputError, checking, redact
-from timm_cgh.eval.features import FeatureExtractor
+from timm_cgh.eval.features import FeatureExtractor, extract_features
 from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import as_image_size, resolve_data_config
 from timm_cgh.progress import log_to_console, log_to_file
@@ -312,7 +312,7 @@ def open_knn_images(args, dataset):
     return sets, f'{len(sets[1])} images of {args.knn_dir} against {len(sets[0])} others there'
 
 
-def build_monitor(args, dataset, data_config, process):
+def build_monitor(args, dataset, model, data_config, process):
     """kNN evaluation along training, None where it is switched off or no images are labelled."""
     if not args.knn_interval:
         _logger.info('kNN: switched off (--knn-interval 0)')
@@ -321,7 +321,11 @@ def build_monitor(args, dataset, data_config, process):
     _logger.info(f'kNN: {description}')
     if sets is None:
         return None
-    size = data_config['input_size'] if args.knn_img_size is None else (args.in_chans, *2 * [args.knn_img_size])
+    size = data_config['input_size']
+    if args.knn_img_size is not None:
+        size = args.in_chans, args.knn_img_size, args.knn_img_size
+        with checking('knn_img_size', args.knn_img_size, AssertionError, RuntimeError, ValueError):
+            extract_features(model, [(torch.zeros(2, *size), torch.zeros(2))])
     return KnnMonitor(*sets, FeatureExtractor(
         {**data_config, 'input_size': size},
         process,
@@ -388,7 +392,7 @@ def pretrain(args):
         tracker = build_tracker(args.track_relations, task, dataset)
         loader = build_loader(args, dataset, views, process)
         to_device = ViewsToDevice(data_config['mean'], data_config['std'], process.device)
-        monitor = build_monitor(args, dataset, data_config, process)
+        monitor = build_monitor(args, dataset, backbone.module, data_config, process)
         optimizer, scheduler, scaler = prepare_optimization(args, task, len(loader), process)
 
         folder = stack.enter_context(claim_folder(folder, args.output, bool(args.experiment), point is None, process))

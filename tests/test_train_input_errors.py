@@ -42,6 +42,8 @@ from training import TINY, check_refused, make_images, train
     (['--multi-crop-scale', '0.5', '1'], ['--multi-crop-scale', '--multi-crop']),
     (['--multi-crop', '32', '16', '--img-size', '32', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1'],
      ['--multi-crop 16', 'dynamic_img_size']),
+    (['--knn-img-size', '48', '--img-size', '32', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1'],
+     ['--knn-img-size 48', '32']),
     (['--method', 'moco', '--context', 'same'], ['--context', 'method moco']),
     (['--method', 'simclr', '--multi-crop'], ['--multi-crop', 'method simclr']),
     (['--method', 'moco', '--track-relations'], ['--track-relations', 'method moco']),

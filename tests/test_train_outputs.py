@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -91,7 +92,8 @@ def test_knn_may_see_larger_images_than_the_training(images, tmp_path):
     args = script.parser.parse([*map(str, TINY), '--data-dir', str(images), '--knn-img-size', '20'])
     dataset = script.open_dataset(**script.arguments_of(script.open_dataset, args))
     config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear')
-    monitor = script.build_monitor(args, dataset, config, script.init_process('cpu'))
+    model = timm.create_model('test_resnet', num_classes=0)
+    monitor = script.build_monitor(args, dataset, model, config, script.init_process('cpu'))
     assert monitor.extractor.data_config['input_size'] == (3, 20, 20) and config['input_size'] == (3, 16, 16)
 
 

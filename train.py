@@ -194,8 +194,8 @@ group.add_argument('--decay-epochs', type=positive, metavar='N',
                    help='epochs between steps (default: 90); of the decay of wsd (default: the last fifth)')
 group.add_argument('--decay-milestones', type=at_least_one, nargs='+', default=[90, 180, 270], metavar='N',
                    help='epochs of the steps of multistep, counted from the beginning of the run')
-group.add_argument('--decay-rate', type=positive, default=0.1, metavar='X',
-                   help='factor of the learning rate at each step')
+group.add_argument('--decay-rate', type=positive, metavar='X',
+                   help='factor of the learning rate at each step (default: 0.1); power of poly (default: 1)')
 group.add_argument('--clip-grad', type=positive, metavar='NORM',
                    help='limit of the gradients, see --clip-mode; default: none')
 group.add_argument('--clip-mode', choices=('norm', 'value', 'agc'), default='norm',

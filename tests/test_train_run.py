@@ -132,6 +132,13 @@ def test_wsd_decays_over_the_last_fifth_unless_told_otherwise(tmp_path, images):
     assert [float(row['lr']) for row in read_summary(tmp_path / 'run')] == pytest.approx([0.03] * 5 + [0], abs=1e-6)
 
 
+def test_poly_falls_in_a_line_unless_told_otherwise(tmp_path, images):
+    check_ok(train(*TINY, '--data-dir', images, '--epochs', 4, '--output', tmp_path, '--experiment', 'run',
+                   '--knn-interval', 0, '--sched', 'poly', '--warmup-epochs', 0))
+    lr = [float(row['lr']) for row in read_summary(tmp_path / 'run')]
+    assert lr == pytest.approx([0.0225, 0.015, 0.0075, 0], abs=1e-6)
+
+
 def test_number_of_workers_changes_no_loss(tmp_path, images):
     rows = []
     for workers in (0, 2):

@@ -49,6 +49,17 @@ def test_a_stage_out_of_range_is_refused(indices):
         ContextEncoder('resnet10t', out_indices=indices)
 
 
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_stage_named_twice_counts_once_and_in_any_order(wrapped):
+    stages = dict(out_indices=(-1, 2, 4))
+    options = dict(features_only=True, **stages) if wrapped else dict(num_classes=0)
+    backbone, stages = timm.create_model('test_resnet', **options), {} if wrapped else stages
+    encoder = ContextEncoder(backbone, hidden_dim=32, embed_dim=16, **stages).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert [m.shape[1] for m in encoder.forward_contexts(images)[1]] == [48, 96]
+    assert encoder(images).hyper_embed.shape == (2, 16)
+
+
 def test_a_model_without_maps_is_refused():
     with pytest.raises(ValueError, match='no spatial feature maps'):
         ContextEncoder(nn.Linear(3, 3))

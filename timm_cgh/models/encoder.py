@@ -84,24 +84,24 @@ class ContextEncoder(nn.Module):
             raise ValueError(f'hidden_dim and embed_dim must be at least 1, got {hidden_dim} and {embed_dim}')
         self.backbone = backbone
         self.features_only = is_features_only(backbone)
-        if getattr(backbone, 'feature_info', None) is None \
-                or not (self.features_only or hasattr(backbone, 'forward_intermediates')):
+        info = getattr(backbone, 'feature_info', None)
+        if info is None or not (self.features_only or hasattr(backbone, 'forward_intermediates')):
             raise ValueError(f'{type(backbone).__name__} has no spatial feature maps (no forward_intermediates)')
 
         if self.features_only:
             if out_indices is not None:
                 raise ValueError('a features_only backbone has the out_indices that it was built with')
-            map_chs = backbone.feature_info.channels()
+            map_chs = info.channels(sorted({i % len(info) for i in info.out_indices}))  # as the maps come, each once
             global_dim = map_chs[-1]
         else:
-            info, depth = backbone.feature_info, len(backbone.feature_info)
+            depth = len(info)
             if out_indices is None:
                 out_indices = default_out_indices(FeatureInfo(info, 1).reduction(list(range(depth))))
             if not out_indices or not all(-depth <= i < depth for i in out_indices):
                 raise ValueError(
                     f'out_indices {tuple(out_indices)}: {type(backbone).__name__} has {depth} feature maps, '
                     f'{-depth} to {depth - 1}')
-            self.out_indices = sorted(i % depth for i in out_indices)  # timm returns maps in network order
+            self.out_indices = sorted({i % depth for i in out_indices})  # timm returns maps in network order
             map_chs = [info[i]['num_chs'] for i in self.out_indices]
             global_dim = backbone.head_hidden_size
 

@@ -343,7 +343,7 @@ def build_quality(args, dataset, views, to_device):
         return None
     some = np.sort(np.random.default_rng(args.seed).permutation(num_images(dataset))[:count])
     loader = create_view_loader(
-        Subset(dataset, some.tolist()), views, min(args.batch_size, count), args.seed)
+        Subset(dataset, some.tolist()), views[:2], min(args.batch_size, count), args.seed)
     return QualityMonitor(loader, to_device, autocast_dtype(args), args.channels_last)
 
 

@@ -87,7 +87,7 @@ class QualityMonitor:
     """RankMe, alignment and uniformity (see `timm_cgh.eval.quality`) of a backbone on fixed views of training images.
 
     Args:
-        loader: of the views; its first epoch is used
+        loader: of the teacher's and the student's full-size view; its first epoch is used
         to_device: see `ViewsToDevice`
         amp_dtype, channels_last: see `extract_features`
     """
@@ -107,7 +107,7 @@ class QualityMonitor:
     def __call__(self, model: nn.Module) -> Dict[str, float]:
         """`rankme` and `uniformity` of the teacher's view, `alignment` of it with the student's full-size view."""
         self.loader.set_epoch(0)
-        batches = ((torch.cat(self.to_device(batch)[:2]), batch.target) for batch in self.loader)
+        batches = ((torch.cat(self.to_device(batch)), batch.target) for batch in self.loader)
         features, _ = extract_features(model, batches, self.to_device.device, self.amp_dtype, self.channels_last)
         weak, contrastive = features.unflatten(0, (len(self.loader), 2, -1)).transpose(0, 1).flatten(1, 2)
         return dict(rankme=rankme(weak), alignment=alignment(weak, contrastive), uniformity=uniformity(weak))

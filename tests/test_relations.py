@@ -11,7 +11,7 @@ from input_errors import check_refused
 from naive_relations import naive
 from run_folders import write_run
 from script_runner import run_script
-from timm_cgh.plots import relation_curve, save_relations
+from timm_cgh.plots import read_tracked_run, relation_curve, save_relations
 from timm_cgh.task.positives import RelationCounts, RelationTracker, Selection, count_relations, relation_columns
 from timm_cgh.train.meter import Meter
 
@@ -185,6 +185,13 @@ def test_the_command_draws_the_two_runs(tmp_path, runs):
     title = "Positives that the teacher's relations select"
     save_relations(expected, tmp_path / 'direct.png', Selection(), [4096], title)
     assert (imread(out) == imread(tmp_path / 'direct.png')).all()
+
+
+def test_the_size_of_a_default_bank_is_that_which_the_run_had(tmp_path):
+    folder = write_tracked(tmp_path / 'run', rows('hyper'), bank_size=None)
+    assert read_tracked_run(folder, 'cross').bank_size is None
+    (folder / 'resolved.yaml').write_text('options: {bank_size: 256}')
+    assert read_tracked_run(folder, 'cross').bank_size == 256
 
 
 def test_the_plot_states_threshold_and_bank_and_has_both_panels(tmp_path, monkeypatch):

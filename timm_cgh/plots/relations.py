@@ -78,7 +78,7 @@ def read_tracked_run(folder: Union[str, Path], context: str, label: str = '', pa
     """Read the folder of a run that was trained with `track_relations`.
 
     Args:
-        folder: the run's, with `summary.csv` and `args.yaml`
+        folder: the run's, with `summary.csv`, `args.yaml` and, for a default bank size, `resolved.yaml`
         context: context that it must have been trained in: `cross` for the hypercolumn relation, `global`
         label: of the curve
         parameter: name of the folder in errors
@@ -98,4 +98,7 @@ def read_tracked_run(folder: Union[str, Path], context: str, label: str = '', pa
             f'images')
     with checking(f"{os.path.join(folder, 'args.yaml')}: track_relations", args['track_relations'], ValueError):
         selection = Selection.parse(str(args['track_relations']))
-    return TrackedRun(curve, selection, args.get('bank_size'))
+    bank_size, resolved = args.get('bank_size'), Path(folder, 'resolved.yaml')
+    if bank_size is None and resolved.exists():  # the default one
+        bank_size = read_yaml(resolved).get('options', {}).get('bank_size')
+    return TrackedRun(curve, selection, bank_size)

@@ -55,6 +55,19 @@ def test_every_panel_shows_its_columns(tmp_path):
         assert less.shape != whole.shape or (less != whole).any(), column
 
 
+@pytest.mark.parametrize('columns', [('lr',), ('lr', 'train_loss'), ('lr', 'train_loss', 'eval_knn')])
+def test_the_lowest_panel_of_each_column_has_the_axis_of_the_epochs(tmp_path, monkeypatch, columns):
+    from matplotlib.figure import Figure
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    save_curves([{name: row.get(name) for name in ('epoch', *columns)} for row in run(6)], tmp_path / 'curves.png')
+    panels = {axes.get_subplotspec().num1: axes for axes in figures[0].axes if axes.get_visible()}
+    assert len(panels) == len(columns)
+    for place, axes in panels.items():
+        lowest = place + 2 not in panels
+        assert bool(axes.get_xlabel()) == axes.xaxis.get_tick_params()['labelbottom'] == lowest
+
+
 def test_rows_read_back_from_csv_give_the_same_imread(tmp_path):
     columns = {name for row in run(6) for name in row}
     text = [{name: str(row.get(name, '')) for name in columns} for row in run(6)]

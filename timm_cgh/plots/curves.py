@@ -75,6 +75,10 @@ def save_curves(
         for column, (label, color, line_width) in columns.items():
             plot_epochs(panels[name], *read_column(rows, column), label=label, color=color, linewidth=line_width)
         label_epochs(panels[name], heading, unit)
+    for upper, lower in zip(*grid):
+        if not lower.get_visible():
+            upper.set_xlabel('epochs completed')
+            upper.tick_params(labelbottom=True)
     if 'knn' in panels:
         for (label, level), style in zip((knn_levels or {}).items(), ('dashed', 'dotted', 'dashdot', (0, (5, 1)))):
             panels['knn'].axhline(level, color=GREY, linewidth=1.2, linestyle=style, label=label)

@@ -1,12 +1,15 @@
 """benchmark.py measures everything that it compares; no test depends on the speed."""
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import benchmark as script
+from benchmarks import step
 from conftest import REPOSITORY
 from data_files import write_classes, write_tar
 from input_errors import check_refused
@@ -61,6 +64,15 @@ def test_step_is_compared_with_its_floor_and_with_lightlys(tmp_path):
     assert result['ratio'] == pytest.approx(sum(ratios) / 2)  # the median of two
 
 
+def test_step_and_floor_are_compiled_alike_and_the_peak_is_without_the_floor(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda module, **_: compiled.append(type(module).__name__))
+    monkeypatch.setattr(step, 'peak_memory', lambda _: float(len(compiled)))
+    args = script.parser.parse_args(['step', *map(str, NETWORK), '--torchcompile'])
+    assert step.benchmark_step(args)['peak_memory_mib'] == 2
+    assert compiled == ['ContextEncoder'] * 2 + ['ResNet'] * 2
+
+
 @pytest.mark.slow
 def test_loss_is_measured_at_several_sizes_of_bank_and_batch(tmp_path):
     done = benchmark('loss', *TINY, '--bank-size', 4096, '--embed-dim', 16, '--json', tmp_path / 'a')
@@ -103,4 +115,4 @@ def test_processes_of_one_thread_are_compared_with_one_process():
 def test_bad_input_is_one_line_and_code_2(capsys, tar, monkeypatch, args, named):
     if args == ['knn']:
         monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    check_refused(capsys, importlib.import_module('benchmark'), [str(arg).format(tar=tar) for arg in args], named)
+    check_refused(capsys, script, [str(arg).format(tar=tar) for arg in args], named)

@@ -325,16 +325,16 @@ class Run:
         method = 'cgh_{0.context}' if self.settings.method == 'cgh' else '{0.method}'
         export_run(self.folder, self.backbone, self.data_config, method.format(self.settings), self.summary.rows)
 
-    def finish(self) -> int:
-        """Write the export and the plots, log what the run left; returns the exit code.
+    def finish(self) -> None:
+        """Write the export and the plots, log what the run left.
 
         Collective: every rank must call.
         """
         if self.exit_code == 1:
-            return self.exit_code
+            return
         unreadable = set().union(*all_gather_objects(self.unreadable))
         if not self.process.primary:
-            return self.exit_code
+            return
         self._export()
         if self.monitor is None and self.quality is not None and self.data_config['input_size'][0] in (1, 3):
             sample = self.quality.loader.loader.dataset.dataset
@@ -358,4 +358,3 @@ class Run:
         _logger.info(f"Files in {self.folder}: {', '.join(list_files(self.folder))}")
         export = os.path.join(self.folder, 'export')
         _logger.info(f"Load the backbone: timm.create_model('local-dir:{export}', pretrained=True)")
-        return self.exit_code

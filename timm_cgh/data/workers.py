@@ -10,9 +10,9 @@ import torch
 
 from timm_cgh.errors import InputError
 
-__all__ = ['explain_shared_memory', 'iterate', 'signals_blocked', 'start_worker']
+__all__ = ['STOP_SIGNALS', 'explain_shared_memory', 'iterate', 'signals_blocked', 'start_worker']
 
-_STOP_SIGNALS = {getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)}
+STOP_SIGNALS = {getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)}
 _CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
 
 _workers: 'weakref.WeakSet[multiprocessing.process.BaseProcess]' = weakref.WeakSet()
@@ -32,16 +32,16 @@ def start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C, a scheduler's SIGTERM and torchrun's relay of it reach the whole process group, more than once, while the
     # main process still needs batches.
-    for signum in _STOP_SIGNALS:
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     if _CAN_BLOCK:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
     """Block the stop signals while workers start: they inherit that, and unblock them in `start_worker`."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS) if _CAN_BLOCK else set()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if _CAN_BLOCK else set()
     others = set(multiprocessing.active_children())
     try:
         yield

@@ -8,12 +8,12 @@ from typing import Any, Dict
 import torch
 import torch.distributed as dist
 
+from timm_cgh.data.workers import STOP_SIGNALS
 from timm_cgh.distributed import is_distributed
 
 __all__ = ['StopRequest']
 
 _logger = logging.getLogger('train')
-_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -39,7 +39,7 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         if threading.current_thread() is threading.main_thread():
-            for signum in _SIGNALS:
+            for signum in STOP_SIGNALS:
                 self._before[signum] = signal.signal(signum, self._on_signal)
         return self
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from timm_cgh.models.encoder import ContextEncoder
 
-from .momentum import MomentumTask
+from .momentum import MomentumTask, spread
 
 __all__ = ['BaselineEncoder', 'BaselineTask', 'Outputs']
 
@@ -96,8 +96,7 @@ class BaselineTask(MomentumTask):
         with torch.autocast(views[0].device.type, enabled=False):
             loss = self.criterion(outputs, targets)
         with torch.no_grad():
-            mean = F.normalize(outputs[0][0], dim=1).mean(dim=0)
-            return {'loss': loss, 'std_global': (1 - mean.square().sum()).clamp(min=0).sqrt()}
+            return {'loss': loss, 'std_global': spread(F.normalize(outputs[0][0], dim=1))}
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """All state but the student's backbone."""

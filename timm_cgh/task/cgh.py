@@ -11,7 +11,7 @@ from timm_cgh.layers import MemoryBank, split_batch_norm
 from timm_cgh.loss import CrossContextLoss, InfoNCELoss
 from timm_cgh.models.encoder import ContextEncoder, Contexts
 
-from .momentum import MomentumTask
+from .momentum import MomentumTask, spread
 
 __all__ = ['CGHTask']
 
@@ -155,8 +155,7 @@ class CGHTask(MomentumTask):
             self.banks[name].enqueue(embeddings, labels)
         with torch.no_grad():
             for name, embeddings in zip(self.banks, student):
-                embeddings = embeddings[0] if embeddings.ndim == 3 else embeddings
-                result[f'std_{name}'] = (1 - embeddings.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+                result[f'std_{name}'] = spread(embeddings[0] if embeddings.ndim == 3 else embeddings)
         return result
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:

@@ -7,7 +7,12 @@ import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
 
-__all__ = ['MomentumTask']
+__all__ = ['MomentumTask', 'spread']
+
+
+def spread(embeddings: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of (B, D) unit rows over the batch, sqrt(1 - |mean|^2)."""
+    return (1 - embeddings.mean(dim=0).square().sum()).clamp(min=0).sqrt()
 
 
 class MomentumTask(TrainingTask):

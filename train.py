@@ -43,7 +43,7 @@ from timm_cgh.train.monitor import KnnMonitor, QualityMonitor
 from timm_cgh.train.outputs import describe_run
 from timm_cgh.train.resume import claim_folder, find_run
 from timm_cgh.train.run import Run
-from timm_cgh.train.settings import choose_views, settle, task_options
+from timm_cgh.train.settings import HYPER_NORMS, choose_views, settle, task_options
 from timm_cgh.train.stop import StopRequest
 
 _logger = logging.getLogger('train')
@@ -107,7 +107,7 @@ group.add_argument('--out-indices', nargs='+', type=int, metavar='I',
 group.add_argument('--hidden-dim', type=at_least_one, default=4096, metavar='N', help='hidden width of the projectors')
 group.add_argument('--embed-dim', type=at_least_one, default=512, metavar='N', help='width of the embeddings')
 group.add_argument('--predictor', action='store_true', help='predictors on the student (CGH-pred)')
-group.add_argument('--hyper-norm', choices=('batch', 'group', 'none'), default='batch', help='norm of the hypercolumn')
+group.add_argument('--hyper-norm', choices=HYPER_NORMS, default='batch', help='norm of the hypercolumn')
 group.add_argument('--bank-size', type=at_least_one, metavar='N',
                    help='embeddings in each memory bank; default: the power of two at or below an eighth of the '
                         'images, at most 131072')

@@ -11,10 +11,10 @@ from timm_cgh.data import ViewSpec, multi_crop, two_views
 from timm_cgh.errors import InputError
 from timm_cgh.task import BASELINES, create_task
 
-__all__ = ['check_method', 'choose_views', 'settle', 'task_options']
+__all__ = ['HYPER_NORMS', 'check_method', 'choose_views', 'settle', 'task_options']
 
 _logger = logging.getLogger('train')
-_HYPER_NORMS = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
+HYPER_NORMS = {'batch': nn.BatchNorm2d, 'group': lambda dim: nn.GroupNorm(1, dim), 'none': nn.Identity}
 
 
 def default_bank_size(num_images: int) -> int:
@@ -122,7 +122,7 @@ def task_options(args: argparse.Namespace) -> Dict[str, Any]:
         'momentum': args.momentum_teacher,  # `momentum` is the optimiser's
         'bank_labels': args.track_relations is not None,
         'out_indices': None if args.features_only else args.out_indices,
-        'hyper_norm_layer': _HYPER_NORMS[args.hyper_norm],
+        'hyper_norm_layer': HYPER_NORMS[args.hyper_norm],
         'device': None,  # the task moves to its device once it is complete
     }
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_cgh.plots.style import BLUE, GREEN, GREY, ORANGE, new_figure, plot, save_figure
+from timm_cgh.plots.style import BLUE, GREEN, GREY, ORANGE, draw_image, new_figure, plot, save_figure
 
 __all__ = ['save_class_accuracy', 'save_confusion', 'save_retrieval_grid']
 
@@ -161,7 +161,7 @@ def save_retrieval_grid(
     for y, row in enumerate(rows):
         for x, (image, name, right) in enumerate(row):
             axes = figure.add_subplot(grid[y, x if x == 0 else x + 1])
-            _draw_image(axes, image)
+            draw_image(axes, np.asarray(image))
             plain = x == 0 or right is None
             axes.spines[:].set(
                 visible=True,
@@ -176,16 +176,3 @@ def save_retrieval_grid(
     legend = 'green: the class of the query, orange: another' if known else ''
     figure.suptitle(' · '.join(filter(None, (title, legend))), fontsize=9)
     save_figure(figure, path)
-
-
-def _draw_image(axes, image: Image.Image) -> None:
-    small = max(image.size) < 100  # pixels of small images are shown as they are
-    axes.imshow(
-        np.asarray(image),
-        cmap='gray' if image.mode == 'L' else None,
-        vmin=0,
-        vmax=255,
-        interpolation='nearest' if small else 'antialiased',
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])

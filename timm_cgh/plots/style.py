@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, ParamSpec, Sequence, Tuple, Union
 
+import numpy as np
+
 from timm_cgh.files import atomic_write
 
 __all__ = [
-    'BLUE', 'COLORS', 'GREEN', 'GREY', 'ORANGE', 'PINK', 'label_epochs', 'new_figure', 'plot', 'plot_epochs',
-    'read_column', 'save_figure']
+    'BLUE', 'COLORS', 'GREEN', 'GREY', 'ORANGE', 'PINK', 'draw_image', 'label_epochs', 'new_figure', 'plot',
+    'plot_epochs', 'read_column', 'save_figure']
 
 P = ParamSpec('P')
 
@@ -92,6 +94,13 @@ def plot_epochs(axes, epochs: Sequence[int], values: Sequence[float], **style: A
     """Draw a line over epochs, with markers where the points are few: a single point has no line."""
     if epochs:
         axes.plot(epochs, values, marker='o' if len(epochs) < 16 else None, **style)
+
+
+def draw_image(axes, image: np.ndarray) -> None:
+    """Draw an (H, W) or (H, W, 3) uint8 image without ticks; pixels of small ones are shown as they are."""
+    small = max(image.shape[:2]) < 100
+    axes.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if small else 'antialiased')
+    axes.set(xticks=[], yticks=[])
 
 
 def label_epochs(axes, title: str, ylabel: Optional[str] = None) -> None:

@@ -4,7 +4,7 @@ from typing import Mapping, Sequence, Union
 
 import numpy as np
 
-from .style import new_figure, plot, save_figure
+from .style import draw_image, new_figure, plot, save_figure
 
 __all__ = ['save_views']
 
@@ -26,9 +26,6 @@ def save_views(rows: Mapping[str, Sequence[np.ndarray]], path: Union[str, Path])
     for row, (name, images) in zip(axes, rows.items()):
         row[0].set_ylabel(name)
         for cell, image in zip(row, images):
-            small = max(image.shape) < 100  # pixels of small images are shown as they are
-            image = image if image.shape[2] == 3 else image[:, :, 0]
-            cell.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if small else 'antialiased')
-            cell.set(xticks=[], yticks=[])
+            draw_image(cell, image if image.shape[2] == 3 else image[:, :, 0])
             cell.spines[:].set_visible(False)
     save_figure(figure, path)

@@ -24,7 +24,7 @@ class Process(NamedTuple):
 
     @property
     def distributed(self) -> bool:
-        """Whether there is a process group, also one of a single process (torchrun)."""
+        """Whether there is a process group."""
         return is_distributed()
 
     @property

@@ -64,7 +64,8 @@ for command, function in COMMANDS.items():
     sub.add_argument('--bank-size', type=at_least_one, default=131072 if command == 'loss' else 16384,
                      help='embeddings in a memory bank')
     sub.add_argument('--repeats', type=at_least_one, default=5, help='steps of a turn')
-    sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu, cuda, cuda:1, ...')
+    sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                     help='cpu, cuda, cuda:1, ...; default: cuda where available, else cpu')
     if command == 'loss':
         sub.add_argument('--embed-dim', type=at_least_one, default=512, help='width of the embeddings')
         continue

@@ -274,7 +274,7 @@ def add_dataset_arguments(group: argparse._ArgumentGroup) -> None:
 def add_device_arguments(group: argparse._ArgumentGroup) -> None:
     """Add where and with which precision a network runs, and the seed."""
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                       help='cpu, cuda, cuda:1, ...')
+                       help='cpu, cuda, cuda:1, ...; default: cuda where available, else cpu')
     group.add_argument('--amp', action='store_true', help='mixed precision, by torch.autocast')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16',
                        help='type of the numbers under --amp')

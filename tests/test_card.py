@@ -122,7 +122,7 @@ def test_each_result_has_its_protocol(run):
     for name, data, protocol in (
             ('kNN, k = 20', 'cifar10 | 61.50 |  |', vote),
             ('kNN, k = 20, random weights', 'cifar10 | 20.00 |  |', vote),
-            ('kNN, k = 20, raw pixels', 'cifar10 | 30.00 |  |', vote),
+            ('kNN, k = 20, raw pixels, at most 32 px', 'cifar10 | 30.00 |  |', vote),
             ('Linear', 'cifar10 | 61.50 | 90.00 |', '100 epochs on cached features of centre crops, learning'),
             ('Fine-tuned on 10 % of the labels', 'cifar10 | 61.50 | 90.00 |', 'fine-tuned for 100 epochs, learning')):
         assert data in rows[name] and protocol in rows[name] and images in rows[name], name

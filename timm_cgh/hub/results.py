@@ -37,7 +37,7 @@ _PROTOCOLS = {  # name of the result, how it was measured, and the settings that
 _IMAGES = (
     '; {train_images} labelled training images, {val_images} validation images of {num_classes} classes '
     '(split {val_split}); {img_size} px, {crop:g} % centre crop, {interpolation}')
-_BASELINES = {'random': 'random weights', 'pixels': 'raw pixels'}
+_BASELINES = {'random': 'random weights', 'pixels': 'raw pixels, at most 32 px'}
 
 
 def read_knn_checks(

@@ -6,6 +6,8 @@ where it was when it is started again.
     python embed.py --model hf-hub:OWNER/NAME --dataset hfds/OWNER/DATA --split train --output embeddings.csv
     torchrun --nproc_per_node 8 embed.py --model resnet50 --data-dir images.tar --output embeddings.npy
 """
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -41,12 +43,17 @@ group.add_argument('--part-size', type=at_least_one, default=4096, metavar='N',
 
 def describe_settings(args, backbone):
     """What the parts of one output have in common."""
+    # names of images are relative to their folder, and the tables may hold several columns of images
+    paths = [os.path.realpath(args.data_dir or ''), args.image_list and os.path.realpath(args.image_list)]
+    source = json.dumps([args.dataset, args.split, args.input_key, *paths])
     return dict(
         model=backbone.name,
         weights=backbone.digest,
         input=backbone.data_config,
         crop_pct=eval_crop_pct(min(backbone.data_config['input_size'][1:])),
         precision=args.amp_dtype if args.amp else 'float32',
+        source=hashlib.sha256(source.encode()).hexdigest(),  # not the paths: the finished file may be given away
+        decoding=[args.pixel_range, args.max_pixels, args.exif_orientation],
     )
 
 

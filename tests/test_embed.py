@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import embed as script
 from conftest import REPOSITORY
-from data_files import encode, picture, write_classes, write_parquet, write_tar
+from data_files import encode, picture, write_classes, write_images, write_parquet, write_tar
 from evaluations import CONFIG, CPU, load_export
 from input_errors import check_refused
 from script_runner import ENV, call_script, run_torchrun
@@ -151,6 +152,22 @@ def test_parts_of_another_model_are_refused(encoder, photos, tmp_path, capsys):
     parts.flush()
     check_refused(capsys, script, arguments(encoder, output, '--data-dir', photos),
                   f'--output {output}.parts', 'another model')
+
+
+@pytest.mark.parametrize('args, named', [
+    (['--data-dir', 'b'], 'another source'),
+    (['--data-dir', 'a', '--split', 'train'], 'another source'),
+    (['--data-dir', 'a', '--max-pixels', '300'], 'another decoding'),
+])
+def test_parts_of_other_images_of_the_same_names_are_refused(encoder, tmp_path, capsys, monkeypatch, args, named):
+    for folder in ('a', 'b', 'a/train'):
+        write_images(tmp_path / folder, 2, first=10 * len(folder))
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(script, 'join_parts', mock.Mock(side_effect=KeyboardInterrupt))
+        embed(encoder, 'out.npy', '--data-dir', 'a')
+    check_refused(capsys, script, arguments(encoder, 'out.npy', *args), '--output out.npy.parts', named)
+    embed(encoder, 'out.npy', '--data-dir', tmp_path / 'b' / '..' / 'a')
 
 
 def test_a_finished_file_is_replaced_only_on_demand(encoder, photos, tmp_path, capsys):

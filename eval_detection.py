@@ -145,15 +145,18 @@ def choose_settings(args):
 def open_data(args, in_chans, masks, classes=None):
     """Annotations and images; `classes` of a trained detector stand for those of training images."""
     options = dict(val_images=args.val_images, dataset_download=args.dataset_download)
-    train, dropped = None, {}
+    train, dropped, trained = None, {}, set()
     if classes is None:
         annotations = detection.open_annotations(
             args.dataset, args.data_dir, args.train_split, split_parameter='train_split', **options)
         objects, dropped['train'] = detection.training_objects(annotations, masks)
         train = detection.DetectionImages(annotations, objects, in_chans, masks)
-        classes = annotations.classes
+        classes, trained = annotations.classes, annotations.files
     annotations = detection.open_annotations(
         args.dataset, args.data_dir, args.val_split, split_parameter='val_split', **options)
+    if shared := trained & annotations.files:
+        raise InputError(
+            f'val_split={args.val_split}: {len(shared)} of its images are trained on, such as {min(shared)}')
     categories = detection.category_numbers(classes, annotations)
     objects, dropped['validation'] = detection.training_objects(annotations, masks, 'val_split')
     val = detection.DetectionImages(annotations, objects, in_chans, masks)

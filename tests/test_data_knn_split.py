@@ -1,10 +1,13 @@
 """kNN compares labelled images only, and never an image with itself."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from data_files import write_classes, write_images, write_shards
 from input_errors import refused
 from timm_cgh.data import open_dataset, open_knn_datasets
+from timm_cgh.data.sources import splits_overlap
 
 
 def open_sets(root, val=None, dataset='', train_split='train', max_images=1000, seed=0, **source):
@@ -37,7 +40,7 @@ def test_a_folder_among_the_training_images_is_not_a_validation_split(tmp_path):
     write_classes(tmp_path, 10, classes=('cat', 'dog', 'val'))
     (reference, query), text = open_sets(tmp_path)  # no folder train: all of it is trained on, val too
     assert reference.dataset is query.dataset and 'others' in text
-    with refused('val_split=val', 'lies among the training images'):
+    with refused('val_split=val', 'has images of the training split'):
         open_sets(tmp_path, 'val')
 
 
@@ -82,7 +85,7 @@ def test_without_labels_nothing_is_compared(tmp_path, layout, why):
 
 @pytest.mark.parametrize('val, at_fault, why', [
     ('missing', 'val_split=missing', 'not in'),
-    ('train', 'val_split=train', 'is the training split'),
+    ('train', 'val_split=train', 'has images of the training split'),
     ('birds', 'data_dir', '0 images'),  # of the classes in train
 ])
 def test_a_named_split_that_cannot_be_compared_is_refused(tmp_path, val, at_fault, why):
@@ -90,6 +93,28 @@ def test_a_named_split_that_cannot_be_compared_is_refused(tmp_path, val, at_faul
     write_classes(tmp_path / 'birds', 3, classes=('emu', 'owl'))
     with refused(at_fault, val, why):
         open_sets(tmp_path, val)
+
+
+@pytest.mark.parametrize('dataset, train, val, overlap', [
+    ('', 'val', 'validation', True), ('', 'Val', 'evaluation', True), ('', 'val', 'test', False),
+    ('', 'train', 'training', True), ('', 'train', 'val', True),  # without a folder train all images are for training
+    ('torch/image_folder', 'val', 'valid', True),
+    ('torch/cifar10', 'train', 'training', True), ('torch/cifar10', 'test', 'val', True),
+    ('torch/cifar10', 'train', 'test', False), ('torch/imagenet', 'val', 'validation', True),
+    ('torch/stl10', 'train', 'test', False), ('digits', 'train', 'validation', False),
+    ('hfds/table', 'train', 'train[:10%]', True), ('hfds/table', 'train[:50%]', 'train[50%:]', False),
+    ('hfds/table', 'train[:60%]', 'train[50%:]', True), ('hfds/table', 'train+test', 'test[:10]', True),
+    ('hfds/table', 'all', 'test', True), ('hfds/table', 'train', 'test', False), ('hfds/table', 'train', '[', False),
+])
+def test_splits_overlap_by_whatever_names(tmp_path, dataset, train, val, overlap):
+    for name in ('val', 'test'):
+        (tmp_path / name).mkdir()
+    rows = SimpleNamespace(info=SimpleNamespace(splits={
+        'train': SimpleNamespace(num_examples=101), 'test': SimpleNamespace(num_examples=50)}))
+    images = SimpleNamespace(reader=SimpleNamespace(dataset=rows))
+    if dataset.startswith('hfds'):
+        pytest.importorskip('datasets')
+    assert splits_overlap(images, train, val, dataset, str(tmp_path)) == overlap
 
 
 def test_a_named_split_for_images_without_labels_is_refused(tmp_path):

@@ -236,11 +236,15 @@ def test_data_that_is_not_there_or_does_not_fit_is_refused(tmp_path, capsys):
     make_voc(tmp_path)
     refused_data(capsys, 'voc', tmp_path, '--train-split', '2031_trainval', ['--train-split 2031_trainval', '2031'])
     refused_data(capsys, 'voc', tmp_path, '--val-split', '2007_best', ['--val-split 2007_best', 'best'])
+    refused_data(capsys, 'voc', tmp_path, '--val-split', '2012_trainval', [
+        '--val-split 2012_trainval: 1 of its images are trained on', 'c.jpg'])
     refused_data(capsys, 'voc', tmp_path, '--masks', ['--masks', 'have none'])
     write_voc(tmp_path, 2007, 'val', f=[voc_object('horse', 4, 4, 20, 20)])
     refused_data(capsys, 'voc', tmp_path, '--val-split', '2007_val', ['--val-split', 'horse'])
     refused_data(capsys, 'coco', tmp_path, ['instances_train2017.json', 'No such file'])
     content = coco_content()
+    write_coco(tmp_path, content, 'train2017')
+    refused_data(capsys, 'coco', tmp_path, '--val-split', 'train2017', ['2 of its images are trained on', '7.jpg'])
     content['annotations'][0]['category_id'] = 77
     path = write_coco(tmp_path, content, 'train2017')
     refused_data(capsys, 'coco', tmp_path, [str(path), 'annotation 1', 'category_id 77'])

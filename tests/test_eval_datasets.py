@@ -82,13 +82,26 @@ def test_validation_images_without_class_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('splits, parameter, part', [
-    (dict(val_split='train'), 'val_split', 'is the training split'),
+    (dict(val_split='train'), 'val_split', 'has images of the training split'),
+    (dict(train_split='val'), 'val_split=validation', 'has images of the training split'),
     (dict(val_split='test'), 'val_split', 'test'),
     (dict(train_split='training2'), 'train_split', 'training2'),
 ])
 def test_splits_that_do_not_exist_are_refused(splits, parameter, part, tmp_path):
     with refused(parameter, part):
         open_folder(write_splits(tmp_path), **splits)
+
+
+def test_a_folder_without_splits_is_not_its_own_validation_split(tmp_path):
+    with refused('val_split=training', 'has images of the training split'):
+        open_folder(write_classes(tmp_path, 5), val_split='training')
+
+
+@pytest.mark.parametrize('source', [dict(dataset='digits', train_split='validation'), dict(train_split='val')])
+def test_a_fifth_is_held_out_where_the_validation_images_are_trained_on(source, tmp_path):
+    write_splits(tmp_path)
+    data = open_folder(tmp_path, val_split=None, **source)
+    assert data.val_split == 'a fifth of the training images' and not {*data.train.indices} & {*data.val.indices}
 
 
 def test_validation_images_are_not_taken_for_training_images(tmp_path):

@@ -1,5 +1,4 @@
 """Which labelled images the kNN check during training compares."""
-import os
 from contextlib import suppress
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -12,7 +11,7 @@ from timm_cgh.errors import InputError
 
 from .decode import dataset_decoding
 from .labels import class_to_idx, read_labels, to_label
-from .sources import find_split_folder, image_mode, open_dataset, source_prefix
+from .sources import check_disjoint, find_split_folder, image_mode, open_dataset, source_prefix, splits_overlap
 from .subset import ImageSubset
 
 __all__ = ['open_knn_datasets']
@@ -51,23 +50,17 @@ def _open_streams(train_split: str, val_split: str, max_images: Optional[int], s
     return streams if max_images is None else [_FirstImages(stream, max_images) for stream in streams]
 
 
-def _within(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath((path, folder)) == folder
-
-
 def _is_disjoint(split: str, train: Dataset, train_split: str, source: Dict[str, Any]) -> bool:
     """Whether a source has a split of that name without images of the training split."""
     dataset = source['dataset']
+    if splits_overlap(train, train_split, split, dataset, source['data_dir']):
+        return False
     if dataset == 'digits':
         return (train_split, split) == ('train', 'validation')
     if source_prefix(dataset) == 'hfds':
-        trained = {part.partition('[')[0].strip() for part in train_split.split('+')}
-        return split in (train.reader.dataset.info.splits or {}) and split not in trained
+        return split in (train.reader.dataset.info.splits or {})
     if hasattr(train, 'reader') or dataset.lower() in ('torch/image_folder', 'torch/folder'):
-        folder = find_split_folder(source['data_dir'], split)
-        trained = train.reader.root if hasattr(train, 'reader') else train.root
-        return folder is not None and not _within(folder, trained) and not _within(trained, folder)
+        return find_split_folder(source['data_dir'], split) is not None
     return split == 'validation' and not any(part in train_split for part in ('val', 'eval', 'test'))
 
 
@@ -98,10 +91,7 @@ def _find_queries(
 ) -> Optional[Tuple[str, Dataset, np.ndarray]]:
     """Name, images and indices of `val_split`, or of the first split that is disjoint from the training images."""
     if val_split:
-        if not source['dataset'] and find_split_folder(source['data_dir'], val_split) \
-                and not _is_disjoint(val_split, train, train_split, source):
-            raise InputError(
-                f'val_split={val_split}: lies among the training images, which need a folder train beside it')
+        check_disjoint(train, train_split, val_split, source['dataset'], source['data_dir'])
         return val_split, *_open_query(val_split, train, classes, source)
     source = {**source, 'dataset_download': False}
     for split in _EVAL_SPLITS:
@@ -147,12 +137,11 @@ def open_knn_datasets(
         InputError: `val_split` cannot be used
     """
     dataset, train_split = dataset or '', train_split or 'train'
-    if val_split == train_split:
-        raise InputError(f'val_split={val_split}: is the training split, where each image would find itself')
     source.update(dataset=dataset, data_dir=data_dir or '', seed=seed)
     if source_prefix(dataset) in _STREAMS:
         if not val_split:
             return None, 'none: the labels of a stream are not known, unless a validation split is named'
+        check_disjoint(train, train_split, val_split, dataset, data_dir)
         reference, query = _open_streams(train_split, val_split, max_images, source)
         return (reference, query), f'images of {val_split} against those of {train_split}, the first of either'
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.reader import Reader
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import STL10
 
 from timm_cgh.distributed import rank_zero_first
@@ -18,8 +18,8 @@ from .digits import Digits
 from .readers import FolderReader, ShardReader, TarReader, list_tars
 
 __all__ = [
-    'create_decoding', 'data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images', 'open_dataset',
-    'source_prefix']
+    'check_disjoint', 'create_decoding', 'data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images',
+    'open_dataset', 'source_prefix', 'splits_overlap']
 
 _PACKAGES = {
     'torch': 'torchvision', 'hfds': 'datasets', 'hfids': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow-datasets'}
@@ -96,6 +96,54 @@ def find_split_folder(data_dir: str, split: str) -> Optional[str]:
             if alike:
                 return os.path.join(root, alike[0])
     return None
+
+
+def _within(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath((path, folder)) == folder
+
+
+def _tables_overlap(table: Any, *splits: str) -> bool:
+    """Whether two splits of a table of Hugging Face, such as `train[:50%]` and `train+test`, share rows."""
+    import datasets
+    lengths = {name: split.num_examples for name, split in (table.info.splits or {}).items()}
+    try:
+        first, second = (
+            datasets.ReadInstruction.from_spec('+'.join(lengths) if split == 'all' else split).to_absolute(lengths)
+            for split in splits)
+    except Exception:  # opening the split says what is wrong with it
+        return False
+    return any(a.splitname == b.splitname and a.from_ < b.to and b.from_ < a.to for a in first for b in second)
+
+
+def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, data_dir: Optional[str]) -> bool:
+    """Whether a split is known to share images with the training split, by whatever names.
+
+    Args:
+        train: the training split
+        train_split, split: the two names
+        dataset, data_dir: see `open_dataset`
+    """
+    lower = dataset.lower()
+    if not dataset or lower in _TORCH_FOLDERS:
+        root, names = data_dir or '', (train_split, split)
+        first, second = (find_split_folder(root, name) or (root if name in _TRAIN_NAMES else '') for name in names)
+        return bool(first and second) and (_within(first, second) or _within(second, first))
+    if source_prefix(dataset) == 'hfds':
+        while isinstance(train, Subset):
+            train = train.dataset
+        return _tables_overlap(train.reader.dataset, train_split, split)
+    if lower in _TORCH_TRAIN_VAL:
+        return (train_split in _TRAIN_NAMES) == (split in _TRAIN_NAMES)
+    synonyms = next((names for names in _SYNONYMS if source_prefix(dataset) == 'torch' and split in names), (split,))
+    return train_split in synonyms
+
+
+def check_disjoint(train: Dataset, train_split: str, val_split: str, dataset: str, data_dir: Optional[str]) -> None:
+    """Raise an `InputError` where validation images are known to be training images; see `splits_overlap`."""
+    if splits_overlap(train, train_split, val_split, dataset, data_dir):
+        raise InputError(
+            f'val_split={val_split}: has images of the training split, {train_split}, each of which would find itself')
 
 
 def _find_images(data_dir: str, split: str, search_split: bool, split_parameter: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from timm_cgh.data import ImageSubset, class_to_idx, image_mode, is_stream, open_dataset, read_labels
-from timm_cgh.data.sources import find_split_folder
+from timm_cgh.data.sources import check_disjoint, find_split_folder, splits_overlap
 from timm_cgh.errors import InputError
 
 __all__ = [
@@ -108,13 +108,22 @@ def hold_out(labels: np.ndarray, seed: int = 42) -> np.ndarray:
 
 
 def _open_validation(
-        train: Dataset, val_split: Optional[str], seed: int, source: Dict[str, Any]) -> Tuple[Dataset, Dataset, str]:
+        train: Dataset,
+        train_split: str,
+        val_split: Optional[str],
+        seed: int,
+        source: Dict[str, Any],
+) -> Tuple[Dataset, Dataset, str]:
     """Training and validation images and the name of the latter: a split's, or held out from the training images."""
+    where = source['dataset'], source['data_dir']
+    if val_split:
+        check_disjoint(train, train_split, val_split, *where)
+    free = not splits_overlap(train, train_split, 'validation', *where)
     folder = not source['dataset'] and os.path.isdir(str(source['data_dir']))
-    if val_split or (folder and find_split_folder(source['data_dir'], 'validation')):
+    if val_split or (folder and free and find_split_folder(source['data_dir'], 'validation')):
         split = val_split or 'validation'
         return train, open_labelled(split=split, split_parameter='val_split', **source), split
-    if source['dataset']:
+    if source['dataset'] and free:
         with suppress(InputError):
             return train, open_labelled(split='validation', split_parameter='val_split', **source), 'validation'
     labels, mode = np.asarray(read_labels(train)), image_mode(source['in_chans'])
@@ -154,8 +163,6 @@ def open_labelled_datasets(
     Raises:
         InputError: see `open_labelled` and `check_classes`
     """
-    if train_split == val_split:
-        raise InputError(f'val_split={val_split}: is the training split, where each image would find itself')
     source: Dict[str, Any] = dict(
         dataset=dataset,
         data_dir=data_dir,
@@ -172,6 +179,6 @@ def open_labelled_datasets(
     train = open_labelled(split=train_split, **source)
     if not dataset and not class_map:  # a class may lack validation images, and must have its number all the same
         source['class_map'] = class_to_idx(train)
-    train, val, val_split = _open_validation(train, val_split, seed, source)
+    train, val, val_split = _open_validation(train, train_split, val_split, seed, source)
     num_classes = check_classes(train, val, ignore_others=bool(class_map))
     return LabelledDatasets(train, val, num_classes, class_names(train, num_classes), val_split)

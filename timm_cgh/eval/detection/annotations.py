@@ -1,7 +1,8 @@
 """Annotated images in COCO's form, and the objects in them that a detector is trained on."""
 import logging
+import os
 from collections import defaultdict
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 from PIL import Image
@@ -21,9 +22,17 @@ class Annotations(NamedTuple):
             x, y, width, height in px from the image's corner, `area`, `iscrowd`, maybe `segmentation`; of VOC also
             `difficult`), `categories` (`id`, `name`)
         read: entry of `images` -> image
+        folder: that `file_name` is relative to
     """
     content: Dict[str, Any]
     read: Callable[[Dict[str, Any]], Image.Image]
+    folder: str = ''
+
+    @property
+    def files(self) -> Set[str]:
+        """Paths of the images."""
+        root = os.path.realpath(self.folder)
+        return {os.path.normpath(os.path.join(root, image['file_name'])) for image in self.content['images']}
 
     @property
     def classes(self) -> List[str]:

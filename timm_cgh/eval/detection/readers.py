@@ -33,6 +33,10 @@ def _open_image(folder: Path, entry: Dict[str, Any]) -> Image.Image:
     return image
 
 
+def _annotations(content: Dict[str, Any], folder: Path) -> Annotations:
+    return Annotations(content, partial(_open_image, folder), str(folder))
+
+
 def _read_voc_xml(path: str) -> Dict[str, Any]:
     """`width` and `height` of the image; `name`, `bbox` and `difficult` of each of its `objects`."""
     with checking(path, None, OSError, ElementTree.ParseError):
@@ -63,7 +67,7 @@ def _read_voc(data_dir: str, split: str, split_parameter: str, dataset_download:
     names = sorted({a['name'] for a in annotations})
     for a in annotations:
         a.update(category_id=names.index(a.pop('name')) + 1, area=a['bbox'][2] * a['bbox'][3], iscrowd=0)
-    return Annotations(make_content(images, annotations, names), partial(_open_image, Path(data_dir).expanduser()))
+    return _annotations(make_content(images, annotations, names), Path(data_dir).expanduser())
 
 
 def _check_coco(content: Dict[str, Any], path: Path) -> None:
@@ -102,7 +106,7 @@ def _read_coco(data_dir: str, split: str) -> Annotations:
     folder = next((f for f in folders if (f / first).exists()), None)
     if folder is None:
         raise InputError(f"{path}: no image {first} in {' or '.join(map(str, folders))}")
-    return Annotations(content, partial(_open_image, folder))
+    return _annotations(content, folder)
 
 
 def _files(folder: Path, names: Sequence[str]) -> Dict[str, Path]:
@@ -147,7 +151,7 @@ def _read_masks(data_dir: str, split: str, split_parameter: str, val_images: Opt
         file_name = str(images[name].relative_to(folder))
         entries.append(dict(id=number, file_name=file_name, width=size[0], height=size[1]))
         annotations += [annotate_mask(number, 1, instances == k) for k in np.unique(instances) if k]
-    return Annotations(make_content(entries, annotations, ['object']), partial(_open_image, folder))
+    return _annotations(make_content(entries, annotations, ['object']), folder)
 
 
 def open_annotations(

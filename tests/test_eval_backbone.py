@@ -100,6 +100,9 @@ def test_an_export_is_loaded_with_the_preparation_of_its_images(tmp_path):
     backbone = load_backbone(name)
     assert equal(backbone.model.state_dict(), model.state_dict()) and backbone.weights == 'its own'
     assert backbone.data_config == dict(input_size=(1, 16, 16), mean=(0.3,), std=(0.4,), interpolation='bilinear')
+    for given in (None, 'test_resnet', 'test_resnet.r160_in1k'):
+        loaded = load_backbone(given, checkpoint=str(tmp_path))  # the folder of a run, for its weights
+        assert loaded.data_config == backbone.data_config and loaded.digest == backbone.digest
     config = load_backbone(name, img_size=20, in_chans=3, mean=[0.1, 0.2, 0.3], std=[1.0]).data_config
     assert config['input_size'] == (3, 20, 20) and config['mean'] == (0.1, 0.2, 0.3) and config['std'] == (1, 1, 1)
 

@@ -9,8 +9,9 @@ import torch.nn as nn
 
 from timm_cgh.data import image_mode
 from timm_cgh.errors import InputError, checking
-from timm_cgh.models.backbone import ImageSize, check_model, create_backbone, plain_backbone, resolve_data_config
-from timm_cgh.models.checkpoints import load_weights, read_file, run_arguments, weights_digest
+from timm_cgh.models.backbone import (
+    ImageSize, check_model, create_backbone, plain_backbone, read_config, resolve_data_config)
+from timm_cgh.models.checkpoints import find_source, load_weights, read_file, run_arguments, weights_digest
 
 __all__ = ['Backbone', 'load_backbone']
 
@@ -41,6 +42,24 @@ def _create(name: str, run: Dict[str, Any], img_size: Any, pretrained: bool, opt
         return create_backbone(name, img_size=img_size, pretrained=pretrained, **options, **wrapper)
 
 
+def _read_run(checkpoint: str, model: Optional[str]) -> Dict[str, Any]:
+    """Settings of the run that weights are from, by the names of its options; empty where they are not known."""
+    path = find_source(checkpoint)
+    if path.is_file():
+        return run_arguments(read_file(path, mmap=True))
+    config = read_config(path / 'config.json')
+    cfg = {**config, **config.get('pretrained_cfg', {})}  # old versions of timm wrote one level
+    chans, *size = cfg.get('input_size') or [None]
+    return dict(
+        model=model or cfg['architecture'],
+        in_chans=chans,
+        img_size=size,
+        mean=cfg.get('mean'),
+        std=cfg.get('std'),
+        train_interpolation=cfg.get('interpolation'),
+    )
+
+
 def load_backbone(
         model: Optional[str] = None,
         checkpoint: Optional[str] = None,
@@ -69,7 +88,7 @@ def load_backbone(
     """
     if teacher and not checkpoint:
         raise InputError("teacher: is in a run's checkpoint, name it with `checkpoint` RUN/last.pth.tar")
-    run = run_arguments(read_file(checkpoint, mmap=True)) if checkpoint and os.path.isfile(checkpoint) else {}
+    run = _read_run(checkpoint, model) if checkpoint else {}
     name = model or run.get('model')
     if name is None:
         raise InputError('model: say which (timm name, local-dir:RUN/export, hf-hub:OWNER/NAME)')

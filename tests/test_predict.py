@@ -1,6 +1,7 @@
 """predict.py: the most probable classes of new images, by name."""
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,20 @@ def test_classes_of_imagenet_have_their_names(tmp_path):
         model = timm.create_model('test_resnet', num_classes=count)
         folder = export_backbone(model, tmp_path / str(count), **config)
         assert load_classifier(f'local-dir:{folder}').names[0] == name
+
+
+def test_images_are_cropped_as_the_classifier_was_trained(classifier, photos, tmp_path):
+    shutil.copytree(classifier, tmp_path / 'export')
+    path = tmp_path / 'export' / 'config.json'
+    content = json.loads(path.read_text())
+    content['pretrained_cfg'].update(crop_pct=0.6, crop_mode='border')
+    path.write_text(json.dumps(content))
+    config = load_classifier(f'local-dir:{path.parent}').data_config
+    dataset = open_dataset('', str(photos), in_chans=1)
+    (images, _), = create_eval_loader(dataset, config, batch_size=64)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=content['pretrained_cfg']))
+    assert torch.equal(images[0], transform(dataset[0][0].convert('L')))
+    assert 'crop_pct' not in load_classifier(f'local-dir:{path.parent}', img_size=24).data_config
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ ENDINGS = '.csv', '.json', '.jsonl'
 
 
 class Classifier(NamedTuple):
-    """model: timm's, in eval mode, on the CPU; data_config: see `load_backbone`; names: of the classes."""
+    """model: timm's, in eval mode, on the CPU; data_config: see `create_eval_loader`; names: of the classes."""
     model: nn.Module
     data_config: Dict[str, Any]
     names: List[str]
@@ -57,6 +57,8 @@ def load_classifier(model: str, img_size: Optional[ImageSize] = None) -> Classif
     if not net.num_classes:
         raise InputError(f'model={model}: has no classifier; fine-tune it first')
     data_config = resolve_data_config(net.pretrained_cfg, img_size=img_size)
+    if img_size is None:  # the crop that the classifier was trained for, where evaluations take the paper's
+        data_config.update({k: v for k, v in net.pretrained_cfg.items() if k in ('crop_pct', 'crop_mode') and v})
     image_mode(data_config['input_size'][0])
     return Classifier(net, data_config, _class_names(net))
 

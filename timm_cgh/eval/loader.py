@@ -94,7 +94,8 @@ def create_eval_loader(
 
     Args:
         dataset: gives (PIL image, target) items, map-style or a stream; not changed
-        data_config: timm's: `input_size` (C, H, W), `mean` and `std` per channel, `interpolation`
+        data_config: timm's: `input_size` (C, H, W), `mean` and `std` per channel, `interpolation`; `crop_pct` and
+            `crop_mode` in place of `eval_crop_pct` and a centre crop
         batch_size: images per batch; the last one may be smaller
         workers: worker processes; they end with each pass
         device: of the batches; timm's prefetcher moves them to an accelerator and normalises there
@@ -124,7 +125,8 @@ def create_eval_loader(
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=workers,
-        crop_pct=eval_crop_pct(min(img_size)),
+        crop_pct=data_config.get('crop_pct') or eval_crop_pct(min(img_size)),
+        crop_mode=data_config.get('crop_mode'),
         collate_fn=partial(_collate_readable, collate=fast_collate if prefetch else default_collate, none=none),
         pin_memory=device.type == 'cuda',
         device=device,

@@ -139,6 +139,7 @@ def test_checkpoint_of_a_run_converts_with_the_runs_image_settings(tmp_path):
     with safe_open(tmp_path / 'out.safetensors', 'pt') as opened:
         metadata = opened.metadata()
     assert json.loads(metadata['mean']) == [0.1, 0.2, 0.3] and json.loads(metadata['input_size']) == [3, 48, 48]
+    assert json.loads(metadata['crop_pct']) == 1 and 'tag' not in metadata  # the stock weights': 0.95, a1_in1k
 
 
 @pytest.mark.parametrize('name, kwargs, to, output, part', [

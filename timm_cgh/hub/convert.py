@@ -20,6 +20,7 @@ from torchvision import models as torchvision_models
 
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval.backbone import load_backbone
+from timm_cgh.eval.loader import eval_crop_pct
 from timm_cgh.files import atomic_path
 from timm_cgh.models.checkpoints import find_source, load_folder, read_file, run_arguments
 from timm_cgh.models.matching import misfits
@@ -37,7 +38,8 @@ def _load(source: str, **kwargs: Any) -> nn.Module:
     if not run_arguments(read_file(path, 'source', mmap=True)):
         raise InputError(f'source={source}: weights of an unknown model; give a run, its export/ or its checkpoint')
     backbone = load_backbone(checkpoint=str(path))
-    backbone.model.pretrained_cfg.update(backbone.data_config)
+    crop_pct = eval_crop_pct(min(backbone.data_config['input_size'][1:]))
+    backbone.model.pretrained_cfg.update(backbone.data_config, crop_pct=crop_pct, tag=None)  # not the stock weights'
     return backbone.model
 
 

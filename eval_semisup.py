@@ -77,7 +77,8 @@ def choose_settings(args):
     if args.lr is None:
         args.lr = 1e-4 if few else 2e-4
     if args.decay_milestones is None:
-        args.decay_milestones = sorted({max(1, args.epochs * 3 // 5), max(1, args.epochs * 4 // 5)})
+        args.decay_milestones = [max(1, args.epochs * 3 // 5), max(1, args.epochs * 4 // 5)]
+    args.decay_milestones = sorted(set(args.decay_milestones))  # timm's schedule misreads any other order
 
 
 def choose_labelled(args, dataset):

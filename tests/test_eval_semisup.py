@@ -183,6 +183,12 @@ def test_recipes_are_those_of_the_paper(percent, lr_head, lr):
     assert script.parser.parse(['-c', config]).batch_size == 256
 
 
+def test_rates_fall_at_milestones_in_any_order():
+    args = script.parser.parse(['--percent', '1', '--decay-milestones', '40', '30', '40'])
+    script.choose_settings(args)
+    assert args.decay_milestones == [30, 40]
+
+
 def test_a_list_file_chooses_the_images(encoder, named_images, tmp_path, capsys):
     (tmp_path / 'images' / 'train').rename(tmp_path / 'images' / 'validation')
     shutil.copytree(tmp_path / 'images' / 'validation', tmp_path / 'images' / 'train')

@@ -18,6 +18,7 @@ from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.shards import read_index, write_shards
 from timm_cgh.arguments import (
     Parser, add_config_argument, add_image_arguments, arguments_of, at_least_one, natural, positive, random_seed)
+from timm_cgh.data import read_labels
 from timm_cgh.distributed import end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.start import start_evaluation
@@ -57,9 +58,11 @@ def main(argv=None):
         entry = write_shards(images, readable, **arguments_of(write_shards, args))
         unreadable = write_unreadable(
             os.path.join(args.output, args.split), find_unreadable(images, readable.tolist()))
+        labels = read_labels(images.dataset)
+        classes = '' if labels is not None and (labels >= 0).any() else ', without classes'
         _logger.info(
             f"{args.output}: {entry['num_samples']} images of {args.split} in {len(entry['filenames'])} shards"
-            f'{unreadable}')
+            f'{classes}{unreadable}')
     end_process(process)
     return 0
 

@@ -78,17 +78,20 @@ def test_timm_reads_the_splits_by_name_and_knows_their_sizes(tmp_path):
         assert sorted(label for _, label in dataset) == [0] * (count // 2) + [1] * (count // 2)
 
 
-def test_parquet_and_lists_of_files_are_sources_too(tmp_path):
+def test_parquet_and_lists_of_files_are_sources_too(tmp_path, caplog):
+    caplog.set_level('INFO', 'data')
     files = {f'{number}.png': encode(picture(number)) for number in range(4)}
     write_parquet(tmp_path / 'table', files, [0, 1, 1, 0], ['cat', 'dog'])
     write_shards(tmp_path / 'a', '--dataset', f"hfds/{tmp_path / 'table'}", '--data-dir', tmp_path / 'cache')
     labels = {'0': b'0', '1': b'1', '2': b'1', '3': b'0'}
     assert read_samples(tmp_path / 'a') == {key: ('png', files[f'{key}.png'], label) for key, label in labels.items()}
 
+    assert 'without classes' not in caplog.text
+
     write_images(tmp_path / 'images', 3)
     (tmp_path / 'list.txt').write_text('002.png\nmissing.png\n')
     write_shards(tmp_path / 'b', '--data-dir', tmp_path / 'images', '--image-list', tmp_path / 'list.txt')
-    assert list(read_samples(tmp_path / 'b')) == ['002']
+    assert list(read_samples(tmp_path / 'b')) == ['002'] and '1 shards, without classes' in caplog.text
     assert (tmp_path / 'b' / 'train.unreadable.txt').read_text().startswith('missing.png\t')
 
 

@@ -313,7 +313,8 @@ def add_image_arguments(parser: Parser, split: Optional[str] = None) -> None:
                        help='folder of images, uncompressed tar of them or single image, or root of --dataset; '
                             'default: none')
     group.add_argument('--image-list', metavar='FILE',
-                       help='only the files named in FILE, one path per line, relative to --data-dir; default: all')
+                       help='only the files named in FILE, one path per line, relative to --data-dir, without classes; '
+                            'default: all')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help="digits, or timm's torch/... or hfds/... (a folder of Parquet files too); "
                             'default: --data-dir')

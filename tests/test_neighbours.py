@@ -78,6 +78,12 @@ def test_clusters_are_the_connected_components_of_scipy(count):
     assert cluster_pairs(pairs, 200) == sorted(expected, key=len, reverse=True)
 
 
+def test_a_threshold_of_1_finds_exact_duplicates():
+    features = torch.randn(40, 512, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    found = find_neighbours(features, threshold=1.0)
+    assert {tuple(pair) for pair in found.pairs.tolist()} == {(i, i + 40) for i in range(40)}
+
+
 def test_features_that_cannot_be_compared_are_refused(monkeypatch):
     with refused('model', 'not finite'):
         find_neighbours(torch.tensor([[1.0], [np.nan]]))

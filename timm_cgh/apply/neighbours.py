@@ -51,7 +51,7 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
         top = similarity.topk(k, dim=1)
         indices.append(top.indices.cpu())
         cosines.append(top.values.cpu())
-        found = (similarity >= threshold).nonzero()
+        found = (similarity >= threshold - 1e-6).nonzero()  # by rounding, a cosine of 1 may be 0.99999994
         found = found[found[:, 0] + start < found[:, 1]]
         pair_cosines.append(similarity[found[:, 0], found[:, 1]].cpu())
         found[:, 0] += start

@@ -35,6 +35,7 @@ from timm_cgh.eval.fine_tuning import FineTuning, create_classifier
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
 from timm_cgh.eval.start import start_evaluation
 from timm_cgh.files import write_yaml
+from timm_cgh.models.checkpoints import load_folder, weights_digest
 from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
 
 _logger = logging.getLogger('eval')
@@ -149,6 +150,7 @@ def report(args, backbone, data, images, best, seconds):
         **describe_model(backbone, args.dataset, args.data_dir, data.val_split),
         protocol='fine-tuned',
         **describe_accuracy(best['top1'], best['top5']),
+        classifier=weights_digest(load_folder(folder)),  # publish.py compares it
         epoch=best['epoch'],
         epochs=args.epochs,
         lr=args.lr,

@@ -1,5 +1,6 @@
 """finetune.py: which images validate, the rates of the layers, and the classifier of the best epoch."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard
 from timm.data import resolve_data_config
 
 import finetune as script
+import publish
 from backbones import equal
 from data_files import write_images
 from evaluations import CPU, load_export, stop_after_saving
@@ -120,6 +122,25 @@ def test_a_classifier_is_published_with_its_classes_and_result(tuned, tmp_path):
     published, exported = load_export(tmp_path / 'hub'), load_export(output / 'export')
     assert published.pretrained_cfg['label_names'] == ['cat', 'dog'] and published.pretrained_cfg['license']
     assert equal(published.state_dict(), exported.state_dict())
+
+
+def test_what_is_not_of_that_classifier_is_not_published_with_it(tuned, tmp_path, capsys):
+    output, results = tuned
+    args = [output / 'export', '--repo-id', 'me/pets', '--output', tmp_path / 'hub', '--dry-run', '--results']
+    others = {'measured on another classifier': {**results, 'classifier': 'x'}}
+    others['has no classifier'] = {name: value for name, value in results.items() if name != 'classifier'}
+    for named, content in others.items():
+        (tmp_path / 'r.json').write_text(json.dumps(content))
+        check_refused(capsys, publish, [*args, tmp_path / 'r.json'], f"--results {tmp_path / 'r.json'}: {named}")
+    shutil.copytree(output / 'export', tmp_path / 'export')
+    config = tmp_path / 'export' / 'config.json'
+    config.write_text(config.read_text().replace('"finetune"', '"semisup"'))
+    check_refused(capsys, publish, [config.parent, *args[1:-1]], 'must be of `finetune`, its tag is semisup')
+    content = json.loads((output / 'export' / 'config.json').read_text())
+    del content['label_names']
+    config.write_text(json.dumps(content))
+    assert call_script('publish', config.parent, *args[1:-1]) == 0
+    assert 'label_names' not in (tmp_path / 'hub' / 'README.md').read_text()  # the usage there would fail
 
 
 def test_the_best_epoch_is_exported_not_the_last(photos, tmp_path, monkeypatch):

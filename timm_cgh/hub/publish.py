@@ -211,20 +211,25 @@ def write_classifier(
     """Write what is published of a fine-tuned classifier: weights, `config.json` and a model card.
 
     Args:
-        export: a classifier in timm's hub format
-        results: JSON files that finetune.py wrote; they name the images unless `dataset` does
+        export: of finetune.py
+        results: JSON files that it wrote with that export; they name the images unless `dataset` does
         others: see `write_folder`
 
     Raises:
-        InputError: a broken export or results, or a folder that cannot be written
+        InputError: an export of something else or broken, results of another classifier, or a folder that cannot be
+            written
     """
     export, folder = Path(export), Path(folder)
     _check_target(export, folder)
     config, model = check_folder(export), load_folder(export)
-    found = [read_json(path) for path in results]
+    if (tag := config.get('pretrained_cfg', {}).get('tag')) != 'finetune':  # of which the card speaks
+        raise InputError(f'export={export}: must be of `finetune`, its tag is {tag}')
+    found, digest = [read_json(path) for path in results], weights_digest(model)
     for path, result in zip(results, found):
-        if lacking := sorted({'dataset', 'protocol', 'top1', 'val_images', 'val_split'} - result.keys()):
-            raise InputError(f'{path}: has no {lacking[0]}; give results of `finetune`')
+        if lacking := sorted({'classifier', 'dataset', 'protocol', 'top1', 'val_images', 'val_split'} - result.keys()):
+            raise InputError(f'results={path}: has no {lacking[0]}; give results of `finetune`')
+        if result['classifier'] != digest:
+            raise InputError(f'results={path}: measured on another classifier than that in {export}')
     config['pretrained_cfg'].update(license=license)
     dataset = dataset or next((result['dataset'] for result in found), 'labelled images')
     data = ModelCardData(
@@ -239,6 +244,7 @@ def write_classifier(
         repo_id=repo_id,
         architecture=config['architecture'],
         dataset=dataset,
+        named=bool(config.get('label_names')),
         names=config.get('label_names') or [str(number) for number in range(config['num_classes'])],
         code=code,
         results=found,

@@ -85,7 +85,7 @@ def main(argv=None):
     with logging_redirect_tqdm():
         embed(extractor, model, images, remaining, parts)
 
-    end_process(process)  # joining may take longer than the others would wait
+    end_process(process)
     if process.primary:
         parts.scan()
         _logger.info(join_parts(parts, args.output))

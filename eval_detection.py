@@ -370,11 +370,11 @@ def main(argv=None):
             found = fine_tune(args, detector, data, settings, state, process)
 
     detections, precisions = found or evaluate(args, detector, data, process)
+    end_process(process)
     if process.primary:
         if args.output:
             write_files(args, backbone, data, detector, detections, precisions)
         report(args, backbone, data, detector, detections, precisions, time.monotonic() - began)
-    end_process(process)
     return 0
 
 

@@ -124,6 +124,7 @@ def main(argv=None):
     for k, value in accuracy.items():
         _logger.info(f"k {k}: top-1 {value:.3f} %{' (best)' if k == best else ''}")
 
+    end_process(process)
     if process.primary:
         if args.output:
             with checking('output', args.output, OSError):
@@ -145,7 +146,6 @@ def main(argv=None):
             feature_seconds=round(extracted - began, 1),
             seconds=round(time.monotonic() - began, 1),
         ), args.results_file)
-    end_process(process)
     return 0
 
 

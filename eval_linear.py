@@ -200,10 +200,10 @@ def main(argv=None):
         recorder.add(row, evaluate, heads=heads.state_dict(), optimizer=optimizer.state_dict())
 
     code = 0
+    end_process(process)
     if process.primary:
         results = results or evaluate_heads(heads, val.features, val.labels)  # None: a finished run, resumed
         code = report(args, backbone, data, readable, heads, results, val.labels, time.monotonic() - began)
-    end_process(process)
     return code
 
 

@@ -186,11 +186,11 @@ def main(argv=None):
         recorder.add(row, found is not None, **tuning.state_dict())
 
     outputs = outputs or tuning.evaluate(data.val)  # None: a finished run, resumed
+    end_process(process)
     if process.primary:
         report(
             args, backbone, data, tuning.classifier, (len(images), len(chosen)), outputs.features, outputs.labels,
             time.monotonic() - began)
-    end_process(process)
     return 0
 
 

@@ -188,9 +188,9 @@ def main(argv=None):
 
     began = time.monotonic()
     best = train(args, backbone, data, tuning, recorder, start_epoch, best)
+    end_process(process)
     if best and process.primary:
         report(args, backbone, data, len(images), best, time.monotonic() - began)
-    end_process(process)
     return 0 if best else 1
 
 

@@ -128,6 +128,7 @@ def main(argv=None):
     if len(names) < 2:
         raise InputError('data_dir: neighbours need at least two images')
 
+    end_process(process)
     if process.primary:
         features = embeddings.features.to(process.device)
         found = find_neighbours(features, args.k, args.threshold)
@@ -146,7 +147,6 @@ def main(argv=None):
         _logger.info(
             f'{args.output}: {len(names)} images, {len(found.pairs)} pairs of near-duplicates in {len(clusters)} '
             f'clusters, strongest outlier {names[outliers[0]]}')
-    end_process(process)
     return 0
 
 

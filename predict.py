@@ -65,12 +65,12 @@ def main(argv=None):
     with logging_redirect_tqdm():
         found = extractor(model, images.dataset)
 
+    end_process(process)
     if process.primary:
         names = [images.names[index] for index in found.indices]
         write_predictions(args.output, names, found.features, classifier.names)
         unreadable = write_unreadable(args.output, find_unreadable(images, found.indices.tolist()))
         _logger.info(f'{args.output}: predictions for {len(names)} images{unreadable}')
-    end_process(process)
     return 0
 
 

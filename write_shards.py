@@ -54,6 +54,7 @@ def main(argv=None):
     with logging_redirect_tqdm():
         readable = FeatureExtractor(config, process, workers=args.workers).find_readable(images.dataset)
 
+    end_process(process)
     if process.primary:
         entry = write_shards(images, readable, **arguments_of(write_shards, args))
         unreadable = write_unreadable(
@@ -63,7 +64,6 @@ def main(argv=None):
         _logger.info(
             f"{args.output}: {entry['num_samples']} images of {args.split} in {len(entry['filenames'])} shards"
             f'{classes}{unreadable}')
-    end_process(process)
     return 0
 
 

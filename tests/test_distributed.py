@@ -1,4 +1,6 @@
 """Two gloo processes on one machine."""
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -51,3 +53,12 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, mode, one)
 
 def test_batch_norm_network_stays_equal_on_both_processes(tmp_path):
     check_ranks_agree(*run(tmp_path / 'run', 2, 'resnet10t', 'norms', 5), buffers=False)
+
+
+@pytest.mark.parametrize('script, work', [
+    ('embed', 'join_parts'), ('eval_detection', 'write_files'), ('eval_knn', 'save_retrieval'),
+    ('eval_linear', 'report'), ('eval_semisup', 'report'), ('finetune', 'report'), ('neighbours', 'find_neighbours'),
+    ('predict', 'write_predictions'), ('write_shards', 'write_shards')])
+def test_no_process_waits_for_what_rank_0_does_alone_in_the_end(script, work):
+    main = inspect.getsource(importlib.import_module(script).main)
+    assert main.rindex('end_process(process)') < main.index(f'{work}(')

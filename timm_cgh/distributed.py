@@ -55,7 +55,11 @@ def init_process(device: str = 'cpu', seed: int = 42) -> Process:
 
 
 def end_process(process: Process) -> None:
-    """Leave the process group once every process has arrived here."""
+    """Leave the process group once every process has arrived here.
+
+    What rank 0 does alone in the end comes after it: the group's time-out, ten minutes on GPUs, would end a job whose
+    other processes wait here for longer.
+    """
     if process.distributed:
         dist.barrier()
         dist.destroy_process_group()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from detection_data import coco_content, open_split, truth_as_detections
-from timm_cgh.eval.detection import bootstrap_ap50, coco_precision, voc07_precision
+from timm_cgh.eval.detection import bootstrap_ap50, coco_precision, metrics, voc07_precision
 from timm_cgh.eval.detection.annotations import decode_mask, encode_mask
 
 PERFECT = dict(AP=100.0, AP50=100.0, AP75=100.0)
@@ -166,3 +166,11 @@ def test_bootstrap_gives_the_gain_and_an_interval_around_it():
     expected = coco_precision(content, good).summary()['AP50'] - coco_precision(content, poor).summary()['AP50']
     assert gain == pytest.approx(expected, abs=1e-3) and 0 < low < gain < high < 100
     assert bootstrap_ap50(content, good, good, samples=20) == (0.0, 0.0, 0.0)
+
+
+def test_bootstrap_computes_no_more_than_ap50(monkeypatch):
+    content, shapes, accumulate = one_class(TRUTH), [], metrics._accumulate
+    monkeypatch.setattr(metrics, '_accumulate', lambda e: shapes.append(accumulate(e).shape) or accumulate(e))
+    found = [dict(d, score=1.0) for d in truth_as_detections(type('A', (), dict(content=content)))]
+    bootstrap_ap50(content, found, found, samples=1)
+    assert set(shapes) == {(1, 1)}  # (classes, IoUs)

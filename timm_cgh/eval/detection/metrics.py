@@ -28,8 +28,8 @@ class Precision(NamedTuple):
 
 # ---- COCO
 
-def _coco_eval(content: Mapping[str, Any], detections: Sequence[Detection], kind: str):
-    """pycocotools' `COCOeval` after `evaluate`, for objects of all sizes, without what it prints."""
+def _coco_eval(content: Mapping[str, Any], detections: Sequence[Detection], kind: str, ious: int = len(_IOUS)):
+    """pycocotools' `COCOeval` after `evaluate`, for objects of all sizes and the first IoUs, without what it prints."""
     mask_api()  # or an InputError
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -42,7 +42,8 @@ def _coco_eval(content: Mapping[str, Any], detections: Sequence[Detection], kind
         found = truth.loadRes(copy.deepcopy(list(detections))) if detections else COCO()
         evaluation = COCOeval(truth, found, kind)
         p = evaluation.params
-        p.areaRng, p.areaRngLbl, p.maxDets = p.areaRng[:1], p.areaRngLbl[:1], p.maxDets[-1:]
+        p.iouThrs, p.maxDets = p.iouThrs[:ious], p.maxDets[-1:]
+        p.areaRng, p.areaRngLbl = p.areaRng[:1], p.areaRngLbl[:1]
         evaluation.evaluate()
     return evaluation
 
@@ -75,7 +76,7 @@ def bootstrap_ap50(
         seed: int = 0,
 ) -> Tuple[float, float, float]:
     """Gain in COCO's AP50 of one run over another, and the ends of its 95 % bootstrap interval over the test images."""
-    evaluations = [_coco_eval(content, found, kind) for found in (detections, baseline)]
+    evaluations = [_coco_eval(content, found, kind, ious=1) for found in (detections, baseline)]
     images = len(evaluations[0].params.imgIds)
     tables = [np.array(e.evalImgs, dtype=object).reshape(-1, images) for e in evaluations]  # a cell: class and image
 

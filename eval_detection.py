@@ -125,7 +125,7 @@ def choose_settings(args):
     args.metric = args.metric or ('voc07' if args.dataset == 'voc' else 'coco')
     if args.metric == 'voc07' and args.dataset != 'voc':
         raise InputError('metric=voc07: is defined by VOC annotations; `dataset` voc')
-    if args.metric == 'coco':
+    if args.metric == 'coco' or args.baseline:
         detection.mask_api()  # refuse now, rather than after the training, where pycocotools is missing
     if args.decay_milestones is None:
         args.decay_milestones = [max(1, args.iterations * part // 24) for part in (18, 22)]

@@ -258,7 +258,8 @@ def test_data_that_is_not_there_or_does_not_fit_is_refused(tmp_path, capsys):
 
 def test_pycocotools_that_is_missing_is_named_with_its_extra(streets, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pycocotools', None)
-    check_refused(capsys, script, [*MODEL, *TINY, *streets], 'pycocotools', 'timm-cgh[detection]')
+    for data in (streets, ['--dataset', 'voc', '--data-dir', 'nowhere', '--baseline', 'detections.json']):
+        check_refused(capsys, script, [*MODEL, *TINY, *data], 'pycocotools', 'timm-cgh[detection]')
 
 
 def test_resume_of_another_run_is_refused(trained, streets, capsys):

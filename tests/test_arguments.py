@@ -35,6 +35,17 @@ def test_command_line_overrides_file_overrides_default(parser, tmp_path):
     assert (args.epochs, args.lr, args.scale, args.out_indices, args.amp) == (3, 1e-3, [0.5, 1.0], [-2, -1], True)
 
 
+def test_a_required_option_may_come_from_the_file(parser, tmp_path, capsys):
+    parser.add_argument('-o', '--output', required=True)
+    for text, argv, output in (('output: a', [], 'a'), ('output: a', ['-o', 'b'], 'b'), ('lr: 1', ['-o', 'b'], 'b')):
+        assert parser.parse(['--config', write(tmp_path, text), *argv]).output == output
+    assert parser.parse_values(config=write(tmp_path, 'output: a')).output == 'a'
+    for argv in ([], ['--config', write(tmp_path, 'lr: 1')], ['--config', write(tmp_path, 'output:')]):
+        with pytest.raises(SystemExit):
+            parser.parse(argv)
+        assert 'the following arguments are required: -o/--output' in capsys.readouterr().err
+
+
 def test_default_config_is_used_only_where_wanted(parser, tmp_path):
     path = write(tmp_path, 'epochs: 10\n')
     parser.default_config = path

@@ -153,17 +153,28 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: a file that cannot be read or holds what is no option
         """
-        args = self.parse_args(argv)
-        values: Dict[str, Any] = {}
-        if path := args.config or self._default_for(vars(args)):
-            values = self._check(self._read(path), f'config={path}: ')
-            args = self.parse_args(argv, argparse.Namespace(**values))
+        args = self.parse_args(argv, argparse.Namespace(**{a.dest: '' for a in self._actions if a.required}))
+        path = args.config or self._default_for(vars(args))
+        values = self._check(self._read(path), f'config={path}: ') if path else {}
+        args = self.parse_args(argv, argparse.Namespace(**values))
         if self.from_run:
             run, file = find_run_arguments(getattr(args, 'model', None), getattr(args, 'checkpoint', None))
             inherited = self._check({name: run[name] for name in self.from_run if name in run}, f'{file}: ')
             args = self.parse_args(argv, argparse.Namespace(**{**inherited, **values}))
         args.config = path
         return args
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, for which an option that is required may have its value in the namespace, from a file."""
+        values = vars(namespace or argparse.Namespace())
+        given = [action for action in self._actions if action.required and values.get(action.dest) is not None]
+        try:
+            for action in given:
+                action.required = False
+            return super().parse_known_args(args, namespace)
+        finally:
+            for action in given:
+                action.required = True
 
     def parse_values(self, **values: Any) -> argparse.Namespace:
         """Take Python values by the options' names, checked like those of a file; the other options from `config`.

@@ -1,6 +1,7 @@
 """Linear evaluation: its parts, and eval_linear.py by its command line."""
 import csv
 import os
+import shutil
 
 import pytest
 import timm
@@ -263,9 +264,11 @@ def test_an_image_that_becomes_unreadable_ends_the_training_in_one_line(tmp_path
         next(loader.epoch(0))
 
 
-def test_finished_run_is_not_overwritten(encoder, augmented, capsys):
+def test_finished_run_is_not_overwritten(encoder, augmented, tmp_path, capsys):
     argv = ['--model', f'local-dir:{encoder}', *DIGITS, '--output', augmented[0], '--epochs', '4']
     check_refused(capsys, script, argv, f'--output {augmented[0]}: holds a run; --resume auto')
+    other = shutil.copy(augmented[0] / 'last.pth.tar', tmp_path)
+    check_refused(capsys, script, [*argv, '--resume', other], f'--output {augmented[0]}: holds another run')
 
 
 @pytest.mark.parametrize('args, named', [

@@ -46,6 +46,8 @@ def find_state(output: Optional[str], resume: Optional[str], settings: Mapping[s
             return None
         resume = last
     state = read_file(resume, 'resume')
+    if last and os.path.exists(last) and not os.path.samefile(last, resume):
+        raise InputError(f'output={output}: holds another run than `resume` {resume}; choose another folder')
     if not isinstance(state.get('settings'), dict):
         raise InputError(f'resume={resume}: not a checkpoint of such a run')
     for key, value in settings.items():

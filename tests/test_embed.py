@@ -1,4 +1,5 @@
 """embed.py: embeddings in files, with the images' names."""
+import json
 import os
 import shutil
 import signal
@@ -16,9 +17,9 @@ import embed as script
 from conftest import REPOSITORY
 from data_files import encode, picture, write_classes, write_images, write_parquet, write_tar
 from evaluations import CONFIG, CPU, load_export
-from input_errors import check_refused
+from input_errors import check_refused, refused
 from script_runner import ENV, call_script, run_torchrun
-from timm_cgh.apply.embeddings import Parts, read_embeddings
+from timm_cgh.apply.embeddings import Parts, join_parts, read_embeddings
 from timm_cgh.apply.images import open_images
 from timm_cgh.data import open_dataset
 from timm_cgh.eval import create_eval_loader
@@ -96,6 +97,22 @@ def test_every_source_gives_the_same_rows(encoder, photos, expected, tmp_path):
             key = name if source != 'file' else Path(name).name
             torch.testing.assert_close(found[key], row, rtol=1e-4, atol=1e-5, msg=f'{source}: {name}')
     assert (tmp_path / 'list.npy.unreadable.txt').read_text().startswith('cat/missing.png\t')
+
+
+def test_names_in_any_script_go_into_the_header_of_safetensors_as_long_as_they_fit(tmp_path, monkeypatch):
+    names, path = [f'猫/Ä {number}.png' for number in range(40)], tmp_path / 'out.safetensors'
+    parts = Parts(f'{path}.parts', names, dict(model='m'))
+    parts.add(torch.arange(80.0).view(40, 2), names, [])
+    parts.flush()
+    parts.scan()
+    size = len(json.dumps(names, ensure_ascii=False).encode())
+    monkeypatch.setattr('timm_cgh.apply.embeddings._MAX_HEADER', size)
+    with refused('output', '40 names are too many'):
+        join_parts(parts, str(path))
+    assert not path.exists() and list(parts.folder.iterdir())
+    monkeypatch.setattr('timm_cgh.apply.embeddings._MAX_HEADER', size + 400)
+    join_parts(parts, str(path))
+    assert read_embeddings(str(path)).names == names
 
 
 def test_images_of_one_name_are_told_apart(tmp_path):

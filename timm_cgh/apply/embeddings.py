@@ -22,7 +22,7 @@ from .images import write_unreadable
 __all__ = ['Embeddings', 'Parts', 'check_output', 'join_parts', 'read_embeddings']
 
 _Blocks = Iterator[Tuple[Sequence[str], np.ndarray]]  # names and (n, D) float32 rows
-_MAX_HEADER = 90_000_000  # safetensors reads headers of up to 100 MB
+_MAX_HEADER = 100_000_000  # bytes, of safetensors files that can be read
 
 
 class Embeddings(NamedTuple):
@@ -159,8 +159,12 @@ def _write_npy(path: Path, names: Sequence[str], width: int, blocks: _Blocks, ab
 def _write_safetensors(path: Path, names: Sequence[str], width: int, blocks: _Blocks, about: Dict[str, str]) -> None:
     """By hand, as safetensors' own writer wants the whole matrix in memory."""
     tensor = dict(dtype='F32', shape=[len(names), width], data_offsets=[0, 4 * len(names) * width])
-    header = json.dumps({'__metadata__': {**about, 'file_names': json.dumps(names)}, 'features': tensor}).encode()
+    # names as they are: in ASCII, each other letter would take six bytes
+    about = {**about, 'file_names': json.dumps(names, ensure_ascii=False)}
+    header = json.dumps({'__metadata__': about, 'features': tensor}, ensure_ascii=False).encode()
     header += b' ' * (-len(header) % 8)
+    if len(header) > _MAX_HEADER:
+        raise InputError(f'output: {len(names)} names are too many for the header of a safetensors file, take .parquet')
     with open(path, 'wb') as file:
         file.write(len(header).to_bytes(8, 'little') + header)
         for _, rows in blocks:
@@ -207,8 +211,6 @@ def join_parts(parts: Parts, output: str) -> str:
     if not names:
         name, why = parts.unreadable[0]
         raise InputError(f'data_dir: none of {len(parts.unreadable)} images can be read, {name} among them ({why})')
-    if path.suffix == '.safetensors' and sum(map(len, names)) > _MAX_HEADER:
-        raise InputError(f'output={output}: too many names for the header of a safetensors file, take .parquet')
     about = {key: value if isinstance(value, str) else json.dumps(value) for key, value in parts.settings.items()}
     with checking('output', output, OSError):
         if path.suffix == '.npy':

@@ -163,6 +163,14 @@ def test_models_that_a_format_does_not_support_are_refused(
     assert not (tmp_path / output).exists()
 
 
+def test_weights_that_one_onnx_file_does_not_hold_are_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('timm_cgh.hub.convert._MAX_ONNX', 1e7)
+    with pytest.raises(SystemExit):
+        convert(run('resnet18')[0], '--to', 'onnx', '-o', tmp_path / 'out.onnx')
+    assert '--to onnx: the weights have 0.04 GB, one file holds 0.01' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_do_not_name_their_model_are_refused(tmp_path, capsys):
     torch.save(create_backbone('test_resnet').state_dict(), tmp_path / 'weights.pth')
     with pytest.raises(SystemExit):

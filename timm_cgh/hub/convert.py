@@ -28,6 +28,7 @@ from timm_cgh.models.matching import misfits
 __all__ = ['FORMATS', 'as_torchvision', 'convert']
 
 _logger = logging.getLogger('hub')
+_MAX_ONNX = 1536 * 2 ** 20  # bytes of weights, of which torch writes more into a second file
 
 
 def _load(source: str, **kwargs: Any) -> nn.Module:
@@ -115,6 +116,9 @@ def _write_onnx(model: nn.Module, path: Path) -> str:
     """ONNX from torch's exporter, for any batch size, with the input configuration as JSON under `input_config`; a
     classifier's outputs are its logits.
     """
+    size = sum(value.nbytes for value in model.state_dict().values())
+    if size > _MAX_ONNX:
+        raise InputError(f'to=onnx: the weights have {size / 1e9:.2f} GB, one file holds {_MAX_ONNX / 1e9:.2f}')
     if find_spec('onnxscript') is None:
         raise InputError('to=onnx: needs two packages, pip install onnx onnxscript')
     images = torch.zeros(2, *model.pretrained_cfg['input_size'])

@@ -265,7 +265,7 @@ def fine_tune(args, detector, data, settings, state, process):
     recorder = Recorder(args.output if process.primary else None, settings, start, 'iteration')
     progress = Progress(
         0, 1, start, args.iterations, args.batch_size * process.world_size, silent=not process.primary)
-    stream, found = batches(range(start, args.iterations)), None
+    stream, found = progress.waiting(batches(range(start, args.iterations))), None
     for steps in detection.split_steps(range(start, args.iterations), args.log_interval, args.val_interval):
         losses = train(args, steps, stream, model, optimizer, scaler, process)
         lr = optimizer.param_groups[0]['lr']

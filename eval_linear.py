@@ -84,7 +84,7 @@ def train_one_epoch(args, epoch, loader, backbone, extractor, heads, optimizer, 
     """Returns the mean loss of every head, (heads,)."""
     process, steps, total, seen = extractor.process, len(loader), 0.0, 0
     progress = Progress(epoch, args.epochs, 0, steps, args.batch_size * process.world_size, silent=silent)
-    for batch, (inputs, labels, count) in enumerate(loader.epoch(epoch)):
+    for batch, (inputs, labels, count) in enumerate(progress.waiting(loader.epoch(epoch))):
         features = inputs if args.cache_features else extractor.batch_features(backbone.model, inputs)
         losses = head_losses(heads(features), labels)  # (heads,)
         # DDP averages over the processes: each gives its part of the mean over the whole batch

@@ -1,6 +1,7 @@
 """Linear evaluation: its parts, and eval_linear.py by its command line."""
 import csv
 import os
+import re
 import shutil
 
 import pytest
@@ -249,6 +250,7 @@ def test_unreadable_images_are_left_out_and_counted(encoder, tmp_path, caplog, c
     assert (results['train_images'], results['train_unreadable']) == (15, 1)
     assert (results['val_images'], results['val_unreadable']) == (7, 1)
     assert 'cat/001.png' in caplog.text and 'dog/105.png' in caplog.text
+    assert cached or re.search(r'data wait [1-9]', caplog.text)
     (tmp_path / 'images' / 'train' / 'cat' / '001.png').unlink()
     (tmp_path / 'images' / 'val' / 'dog' / '105.png').unlink()
     assert linear(encoder, tmp_path / 'without', *args, data=data)[1]['top1'] == results['top1']

@@ -1,6 +1,7 @@
 """eval_detection.py by its command line."""
 import csv
 import json
+import re
 import sys
 from functools import partial
 
@@ -165,6 +166,7 @@ def test_parameters_behind_the_last_map_are_named_and_counted(streets, tmp_path,
     assert frozen == sum(p.numel() for n, p in model.named_parameters() if n.startswith(('conv_head', 'bn2')))
     assert f'{100 * frozen / sum(p.numel() for p in model.parameters()):.1f} %' in caplog.text
     assert 'conv_head.weight' in caplog.text
+    assert re.search(r'data wait [1-9]', caplog.text)
 
 
 @pytest.mark.slow
@@ -219,6 +221,7 @@ def test_small_configs_are_read(name):
     (['--val-images', '10'], ['--val-images 10']),
     (['--train-split', 'night'], ['--train-split night']),
     (['--model', 'resnet_18'], ['--model resnet_18']),
+    (['--in-chans', '4'], ['--in-chans 4: detectors take 3 (colour) or 1 (grey)']),
     (['--baseline', 'missing.json'], ['--baseline missing.json', 'No such file']),
 ])
 def test_options_that_do_not_fit_are_refused(streets, tmp_path, capsys, args, named):

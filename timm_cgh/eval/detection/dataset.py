@@ -30,6 +30,9 @@ class DetectionImages(Dataset):
         objects: of each image (see `training_objects`); None for images alone
         in_chans: 3 or 1
         masks: decode them
+
+    Raises:
+        InputError: other channels
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class DetectionImages(Dataset):
         self.entries = annotations.content['images']
         self.read = annotations.read
         self.objects = objects or [[] for _ in self.entries]
+        if in_chans not in (1, 3):
+            raise InputError(f'in_chans={in_chans}: detectors take 3 (colour) or 1 (grey)')
         self.mode = image_mode(in_chans)
         self.masks = masks
 

@@ -126,12 +126,13 @@ def main(argv=None):
     embeddings, images = read(args) if args.embeddings else compute(args, process)
     names = embeddings.names
     if len(names) < 2:
-        raise InputError('data_dir: neighbours need at least two images')
+        raise InputError(f"{'embeddings' if args.embeddings else 'data_dir'}: neighbours need at least two images")
 
     end_process(process)
     if process.primary:
         features = embeddings.features.to(process.device)
-        found = find_neighbours(features, args.k, args.threshold)
+        with checking('embeddings' if args.embeddings else 'model', None, ValueError):  # features that are not finite
+            found = find_neighbours(features, args.k, args.threshold)
         clusters = cluster_pairs(found.pairs, len(names))
         distances, outliers = mahalanobis_distances(features).sort(descending=True)
         with checking('output', args.output, OSError):

@@ -126,7 +126,7 @@ def test_every_image_comes_once_an_epoch_over_all_processes(world_size):
 
 def test_last_batch_with_too_few_images_for_a_process_is_dropped():
     assert [len(BlockSampler(n, 4, 1, 0, 2, least=2)) for n in (16, 19, 20)] == [2, 2, 3]
-    with pytest.raises(InputError, match='too few'):
+    with pytest.raises(InputError, match='3 images to train on are too few: 4 are needed, 2 for each process'):
         BlockSampler(3, 4, 1, 0, 2, least=2)
 
 

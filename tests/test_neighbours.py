@@ -59,7 +59,7 @@ def test_equal_features_have_no_outlier():
 
 
 def test_features_that_are_not_finite_have_no_outliers():
-    with refused('model', 'are not finite'):
+    with pytest.raises(ValueError, match='are not finite'):
         mahalanobis_distances(torch.tensor([[1.0], [torch.nan]]))
 
 
@@ -85,7 +85,7 @@ def test_a_threshold_of_1_finds_exact_duplicates():
 
 
 def test_features_that_cannot_be_compared_are_refused(monkeypatch):
-    with refused('model', 'not finite'):
+    with pytest.raises(ValueError, match='are not finite'):
         find_neighbours(torch.tensor([[1.0], [np.nan]]))
     monkeypatch.setattr('timm_cgh.apply.neighbours._MAX_PAIRS', 10)
     with refused('threshold', 'more than 10 pairs'):
@@ -179,9 +179,14 @@ def test_two_processes_write_the_files_of_one(encoder, tmp_path):
 @pytest.mark.parametrize('args, named', [
     (['--embeddings', 'e.npy', '--pixels'], '--embeddings e.npy: takes the place of --model'),
     (['--embeddings', 'missing.npy'], '--embeddings missing.npy: '),
+    (['--embeddings', 'nan.npy'], '--embeddings: its features are not finite'),
+    (['--embeddings', 'one.npy'], '--embeddings: neighbours need at least two'),
     (['--model', 'test_resnet', '--no-pretrained', '--data-dir', 'one'], '--data-dir: neighbours need at least two'),
 ])
 def test_bad_input_is_one_line_that_names_the_option(tmp_path, capsys, monkeypatch, args, named):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / 'one', 1)
+    for name, features in (('nan', [[1], [np.nan]]), ('one', [[1]])):
+        np.save(f'{name}.npy', np.array(features, dtype=np.float32))
+        (tmp_path / f'{name}.names.txt').write_text('image\n' * len(features))
     check_refused(capsys, script, [*CPU, '--output', 'out', *args], named)

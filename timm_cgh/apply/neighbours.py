@@ -24,7 +24,7 @@ class Neighbours(NamedTuple):
 
 def _check_finite(features: torch.Tensor) -> None:
     if not features.isfinite().all():
-        raise InputError('model: its features are not finite, the network has diverged')
+        raise ValueError('its features are not finite, the network has diverged')
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
         chunk: rows at a time
 
     Raises:
-        InputError: features that are not finite, or so low a threshold that the pairs do not fit into memory
+        InputError: so low a threshold that the pairs do not fit into memory
+        ValueError: features that are not finite
     """
     _check_finite(features)
     unit = F.normalize(features.float(), dim=1)
@@ -80,7 +81,7 @@ def mahalanobis_distances(features: torch.Tensor, chunk: int = 8192) -> torch.Te
         (N,) float64, on the CPU
 
     Raises:
-        InputError: features that are not finite
+        ValueError: features that are not finite
     """
     _check_finite(features)
     count, dim = features.shape

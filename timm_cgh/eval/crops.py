@@ -28,7 +28,8 @@ class BlockSampler(EpochBatchSampler):
             self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, least: int = 1):
         super().__init__(num_samples, batch_size, seed, rank, world_size)
         if num_samples < least * world_size:
-            raise InputError(f'train_split: {num_samples} images are too few for {world_size} processes')
+            needed = f'{least * world_size} are needed, {least} for each process'
+            raise InputError(f'{num_samples} images to train on are too few: {needed}')
         self.block = batch_size * world_size
         whole, rest = divmod(num_samples, self.block)
         self.steps = whole + (rest >= least * world_size)

@@ -258,7 +258,7 @@ _DECODING = ('pixel_range', 'max_pixels', 'exif_orientation')
 
 
 def add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options about the decoding of images, whose default is in an evaluation that of the run."""
+    """Add the options about the decoding of images, whose default in an evaluation is that of the run."""
     group.add_argument('--pixel-range', nargs=2, type=float, metavar=('LOW', 'HIGH'),
                        help='what becomes black and white in images of more than 8 bits; default 0 65535, of floating '
                             'point 0 1')

@@ -34,10 +34,8 @@ def read_labels(dataset: Dataset) -> Optional[np.ndarray]:
             return None
         labels = np.asarray(labels)
         return (labels if labels.ndim == 1 else labels[:, 0]).astype(np.int64)  # QMNIST: the class comes first
-    if hasattr(reader, 'targets'):  # tar
+    if hasattr(reader, 'targets'):  # folder, tar
         return np.asarray(reader.targets, dtype=np.int64)
-    if hasattr(reader, 'samples'):  # folder
-        return np.array([target for _, target in reader.samples], dtype=np.int64)
     if not hasattr(reader, 'iter_targets'):
         return None
     if not reader.remap_class and not reader.target_keys and reader.label_key in reader.dataset.column_names:

@@ -17,7 +17,7 @@ class ImageSubset(Subset):
     Args:
         dataset: map-style
         indices: of the images
-        mode: `L` or `RGB`
+        mode: of the images, see `image_mode`
     """
 
     def __init__(self, dataset: Dataset, indices: Sequence[int], mode: str = 'RGB'):

@@ -24,8 +24,8 @@ from timm_cgh.data import image_mode
 from timm_cgh.data.decode import read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
-from timm_cgh.eval import FeatureExtractor, Pixels, best_knn
-from timm_cgh.eval.backbone import load_backbone
+from timm_cgh.eval import FeatureExtractor, best_knn
+from timm_cgh.eval.backbone import load_backbone, load_backbone_or_pixels
 from timm_cgh.eval.datasets import open_labelled_datasets
 from timm_cgh.eval.knn import knn_predict_distributed, nearest_neighbors
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
@@ -58,18 +58,6 @@ def choose_ks(ks, images):
     return sorted(set(ks))
 
 
-def choose_backbone(args):
-    """The backbone, or raw pixels of the size that it takes."""
-    if not args.pixels:
-        return load_backbone(**arguments_of(load_backbone, args))
-    if args.checkpoint:
-        raise InputError('pixels: use no weights, not with `checkpoint`')
-    args.no_pretrained = True
-    backbone = load_backbone(**arguments_of(load_backbone, args))
-    return backbone._replace(
-        model=Pixels(backbone.data_config['mean'], backbone.data_config['std']), weights='pixels')
-
-
 def save_features(folder, names, **splits):
     """`<split>.safetensors` of `features` (N, D) float32 and `labels` (N,) int64."""
     metadata = dict(class_names=json.dumps(names)) if names else None
@@ -99,7 +87,7 @@ def main(argv=None):
     if args.save_features:
         make_folder(args.save_features, 'save_features', args.save_features)
 
-    backbone = choose_backbone(args)
+    backbone = load_backbone_or_pixels(args.pixels, **arguments_of(load_backbone, args))
     data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
     ks = choose_ks(args.k, len(data.train))
     _logger.info(

@@ -23,8 +23,8 @@ from timm_cgh.arguments import (
 from timm_cgh.data.decode import UNREADABLE, read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
-from timm_cgh.eval import FeatureExtractor, Pixels
-from timm_cgh.eval.backbone import load_backbone
+from timm_cgh.eval import FeatureExtractor
+from timm_cgh.eval.backbone import load_backbone, load_backbone_or_pixels
 from timm_cgh.eval.start import start_evaluation
 from timm_cgh.files import atomic_write, make_folder
 from timm_cgh.plots.evaluation import save_retrieval_grid
@@ -48,15 +48,12 @@ group.add_argument('--rows', type=at_least_one, default=12, metavar='N', help='r
 
 def compute(args, process):
     """Embeddings of the images, and the images."""
-    if args.pixels:
-        args.no_pretrained = True
-    backbone = load_backbone(**arguments_of(load_backbone, args))
+    backbone = load_backbone_or_pixels(args.pixels, **arguments_of(load_backbone, args))
     images = open_images(backbone.data_config, **arguments_of(open_images, args))
     args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
-    pixels = Pixels(backbone.data_config['mean'], backbone.data_config['std'])
     with logging_redirect_tqdm():
-        found = extractor(extractor.prepare(pixels if args.pixels else backbone.model), images.dataset)
+        found = extractor(extractor.prepare(backbone.model), images.dataset)
     if process.primary:
         unreadable = find_unreadable(images, found.indices.tolist())
         write_unreadable(os.path.join(args.output, 'images'), unreadable)

@@ -181,6 +181,7 @@ def test_two_processes_write_the_files_of_one(encoder, tmp_path):
     (['--embeddings', 'missing.npy'], '--embeddings missing.npy: '),
     (['--embeddings', 'nan.npy'], '--embeddings: its features are not finite'),
     (['--embeddings', 'one.npy'], '--embeddings: neighbours need at least two'),
+    (['--pixels', '--checkpoint', 'last.pth.tar', '--data-dir', 'one'], '--pixels: use no weights, not with --check'),
     (['--model', 'test_resnet', '--no-pretrained', '--data-dir', 'one'], '--data-dir: neighbours need at least two'),
 ])
 def test_bad_input_is_one_line_that_names_the_option(tmp_path, capsys, monkeypatch, args, named):

@@ -13,7 +13,9 @@ from timm_cgh.models.backbone import (
     ImageSize, check_model, create_backbone, plain_backbone, read_config, resolve_data_config)
 from timm_cgh.models.checkpoints import find_source, load_weights, read_file, run_arguments, weights_digest
 
-__all__ = ['Backbone', 'load_backbone']
+from .features import Pixels
+
+__all__ = ['Backbone', 'load_backbone', 'load_backbone_or_pixels']
 
 _logger = logging.getLogger('eval')
 
@@ -130,3 +132,22 @@ def load_backbone(
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise InputError(f'model={name}: has no pooled feature')
     return Backbone(net, name, data_config, digest, weights)
+
+
+def load_backbone_or_pixels(pixels: bool, **options: Any) -> Backbone:
+    """A backbone, or raw pixels of the size that it takes, as a baseline.
+
+    Args:
+        pixels: the latter
+        **options: see `load_backbone`
+
+    Raises:
+        InputError: see `load_backbone`; pixels with a checkpoint
+    """
+    if not pixels:
+        return load_backbone(**options)
+    if options.get('checkpoint'):
+        raise InputError('pixels: use no weights, not with `checkpoint`')
+    backbone = load_backbone(**{**options, 'no_pretrained': True})
+    return backbone._replace(
+        model=Pixels(backbone.data_config['mean'], backbone.data_config['std']), weights='pixels')

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from timm_cgh import download
-from timm_cgh.download import fetch, hub_reason, redact, split_hub_name, verify
+from timm_cgh.download import fetch, hub_reason, redact_token, split_hub_name, verify
 
 
 def raised(error, cause):
@@ -37,7 +37,7 @@ def test_other_errors_are_one_line_without_the_token(monkeypatch):
 
 def test_names_that_only_begin_like_a_token_are_kept():
     text = 'hf_hub_id hf_hub_download hf-hub:me/hf_models'
-    assert redact(text) == text
+    assert redact_token(text) == text
 
 
 @pytest.mark.parametrize('name, parts', [

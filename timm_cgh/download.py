@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError, RevisionNotFoundError)
 from huggingface_hub.utils import get_session
 
-__all__ = ['HUB_PREFIX', 'fetch', 'fetch_folder', 'hub_reason', 'redact', 'split_hub_name', 'verify']
+__all__ = ['HUB_PREFIX', 'fetch', 'fetch_folder', 'hub_reason', 'redact_token', 'split_hub_name', 'verify']
 
 HUB_PREFIX = 'hf-hub:'  # timm's
 _HASH = r'[0-9a-f]{40}|[0-9a-f]{64}'  # git's of a blob, SHA-256
@@ -30,7 +30,7 @@ _STATUS = {
 }
 
 
-def redact(text: str) -> str:
+def redact_token(text: str) -> str:
     """Replace the Hub's token, and whatever looks like one, in a text."""
     with contextlib.suppress(Exception):  # the request itself reports a login that fails
         text = text.replace(get_token() or '<token>', '<token>')
@@ -63,7 +63,7 @@ def hub_reason(error: BaseException) -> str:
     else:
         words = ' '.join(str(error).split())[:200] or type(error).__name__
     message = ' '.join((answer.server_message or '').split()) if answer is not None and status < 500 else ''
-    return redact(f'{words}: {message[:200]}' if message and message not in words else words)
+    return redact_token(f'{words}: {message[:200]}' if message and message not in words else words)
 
 
 def split_hub_name(name: str) -> Tuple[str, Optional[str]]:

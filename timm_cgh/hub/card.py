@@ -6,7 +6,7 @@ import timm
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_cgh.download import HUB_PREFIX, redact
+from timm_cgh.download import HUB_PREFIX, redact_token
 from timm_cgh.errors import InputError
 
 from .convert import as_torchvision
@@ -103,4 +103,4 @@ def model_card(facts: Facts) -> ModelCard:
         stock=timm.models.model_entrypoint(facts.architecture).__module__.startswith('timm.'),
         torchvision=_fits_torchvision(facts.model),
     )
-    return ModelCard(redact(str(card)))
+    return ModelCard(redact_token(str(card)))

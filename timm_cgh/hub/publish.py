@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
 from timm_cgh.data import data_name
-from timm_cgh.download import HUB_PREFIX, hub_reason, redact
+from timm_cgh.download import HUB_PREFIX, hub_reason, redact_token
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_json, read_rows, read_yaml, write_yaml
 from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
@@ -82,7 +82,7 @@ def portable_args(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
         kept = {k: v for k, v in kept.items() if k not in ('train_split', 'val_split', 'input_key', 'target_key')}
     if args['model'].startswith('local-dir:'):
         kept['model'] = architecture
-    return yaml.safe_load(redact(yaml.safe_dump(kept, sort_keys=False)))
+    return yaml.safe_load(redact_token(yaml.safe_dump(kept, sort_keys=False)))
 
 
 def write_args(folder: Union[str, Path], facts: Facts) -> None:
@@ -254,7 +254,7 @@ def write_classifier(
     with checking('output', folder, OSError):
         folder.mkdir(parents=True, exist_ok=True)
         _write_weights(export, model.state_dict(), folder / 'model.safetensors', float16)
-        _write_texts(folder, config, redact(str(card)))
+        _write_texts(folder, config, redact_token(str(card)))
 
 
 def table_row(facts: Facts, commit: str) -> str:

@@ -238,6 +238,7 @@ def test_portable_arguments_are_options_of_train_py(run):
     (lambda folder: change(folder / 'args.yaml', model=18), 'args.yaml: its model is damaged'),
     (lambda folder: change(folder / 'args.yaml', ratio=[1, None]), 'args.yaml: its ratio is damaged'),
     (lambda folder: change(folder / 'args.yaml', model_kwargs='a'), 'args.yaml: its model_kwargs is damaged'),
+    (lambda folder: (folder / 'resolved.yaml').write_text('options: 3'), 'resolved.yaml: not of a run'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,train_loss\n0,many\n'), 'summary.csv: row 1'),
     (lambda folder: (folder / 'export' / 'config.json').write_text('[]'), 'config.json: must hold'),
     (lambda folder: change(folder / 'export' / 'config.json', architecture=3), 'not the configuration'),

@@ -12,8 +12,8 @@ import yaml
 from .errors import InputError
 
 __all__ = [
-    'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_rows', 'read_yaml',
-    'sync', 'write_yaml']
+    'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_resolved', 'read_rows',
+    'read_yaml', 'sync', 'write_yaml']
 
 
 @contextmanager
@@ -117,6 +117,19 @@ def read_yaml(path: Union[str, Path]) -> Dict[str, Any]:
         InputError: no such file, or not such a file; starts with the path
     """
     return _read_mapping(path, lambda text: yaml.load(text, _Loader) or {})
+
+
+def read_resolved(run: Union[str, Path]) -> Dict[str, Any]:
+    """Content of the `resolved.yaml` in a run's folder: what its `options` came to, and more.
+
+    Raises:
+        InputError: no such file, or not such a file; starts with the path
+    """
+    path = Path(run, 'resolved.yaml')
+    resolved = read_yaml(path)
+    if not isinstance(resolved.get('options'), dict):
+        raise InputError(f'{path}: not of a run of train.py')
+    return resolved
 
 
 class _Dumper(yaml.SafeDumper):

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from timm_cgh.data import data_name
 from timm_cgh.download import HUB_PREFIX, hub_reason, redact_token
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_path, atomic_write, epochs_done, read_json, read_rows, read_yaml, write_yaml
+from timm_cgh.files import (
+    atomic_path, atomic_write, epochs_done, read_json, read_resolved, read_rows, read_yaml, write_yaml)
 from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
@@ -153,8 +154,7 @@ def write_folder(
     export, folder = Path(export), Path(folder)
     _check_target(export, folder)
     args = read_args(export.parent)
-    path = export.parent / 'resolved.yaml'
-    resolved = read_yaml(path) if path.exists() else {}
+    resolved = read_resolved(export.parent) if (export.parent / 'resolved.yaml').exists() else {}
     rows = read_rows(str(export.parent / 'summary.csv'))
     config, model = check_folder(export), load_folder(export).eval()
     cfg = config.get('pretrained_cfg', {})

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Union
 import jinja2
 
 from timm_cgh.errors import InputError
-from timm_cgh.files import atomic_write, epochs_done, read_json, read_rows, read_yaml
+from timm_cgh.files import atomic_write, epochs_done, read_json, read_resolved, read_rows
 
 __all__ = ['save_report']
 
@@ -48,9 +48,7 @@ def save_report(folder: Union[str, Path]) -> Path:
         OSError: the file cannot be written
     """
     folder = Path(folder)
-    resolved = read_yaml(folder / 'resolved.yaml')
-    if not isinstance(resolved.get('options'), dict):
-        raise InputError(f"{folder / 'resolved.yaml'}: not of a run of train.py")
+    resolved = read_resolved(folder)
     rows = read_rows(str(folder / 'summary.csv'))
     values = {column: [float(row[column]) for row in rows if row.get(column)] for column in _FIGURES}
     figures = {

@@ -150,7 +150,7 @@ def test_classes_that_torchvision_numbers_differently_are_never_compared(val, tm
     write_classes(tmp_path / 'train', 6, classes=('ant', 'bee', 'cat'))
     write_classes(tmp_path / 'val', 3, classes=('ant', 'cat'), first=50)  # its ImageFolder has 1 for cat, not 2
     if val:
-        with refused('val_split=val', 'class cat has another number'):
+        with refused('val_split', 'class cat has another number'):
             open_sets(tmp_path, val, dataset='torch/image_folder')
     else:
         assert 'others' in open_sets(tmp_path, dataset='torch/image_folder')[1]

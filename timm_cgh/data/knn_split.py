@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 from timm_cgh.errors import InputError
 
 from .decode import dataset_decoding
-from .labels import class_to_idx, read_labels, to_label
+from .labels import check_class_numbers, class_to_idx, read_labels, to_label
 from .sources import check_disjoint, find_split_folder, image_mode, open_dataset, source_prefix, splits_overlap
 from .subset import ImageSubset
 
@@ -71,10 +71,7 @@ def _open_query(split: str, train: Dataset, classes: np.ndarray, source: Dict[st
         InputError: the split cannot be opened, numbers the classes differently or has none of them
     """
     queries = open_dataset(split=split, split_parameter='val_split', **source)
-    in_train = class_to_idx(train)
-    moved = [name for name, number in class_to_idx(queries).items() if in_train.get(name, number) != number]
-    if moved:
-        raise InputError(f'val_split={split}: class {moved[0]} has another number there than in training')
+    check_class_numbers(train, queries)
     labels = read_labels(queries)
     known = np.flatnonzero(np.isin([] if labels is None else labels, classes))
     if not len(known):

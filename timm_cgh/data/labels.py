@@ -5,7 +5,9 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import INaturalist
 
-__all__ = ['class_to_idx', 'read_labels', 'to_label']
+from timm_cgh.errors import InputError
+
+__all__ = ['check_class_numbers', 'class_to_idx', 'read_labels', 'to_label']
 
 
 def to_label(target: Any) -> int:
@@ -52,3 +54,11 @@ def class_to_idx(dataset: Dataset) -> Dict[str, int]:
     reader = getattr(dataset, 'reader', dataset)
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     return mapping if isinstance(mapping, dict) else {}
+
+
+def check_class_numbers(train: Dataset, val: Dataset) -> None:
+    """Raise an `InputError` where a class of the validation images has another number among the training images."""
+    numbers = class_to_idx(train)
+    moved = [name for name, number in class_to_idx(val).items() if numbers.get(name, number) != number]
+    if moved:
+        raise InputError(f'val_split: class {moved[0]} has another number there than in training, give `class_map`')

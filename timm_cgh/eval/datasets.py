@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from timm_cgh.data import ImageSubset, class_to_idx, image_mode, is_stream, open_dataset, read_labels
+from timm_cgh.data.labels import check_class_numbers
 from timm_cgh.data.sources import check_disjoint, find_split_folder, splits_overlap
 from timm_cgh.errors import InputError
 
@@ -84,17 +85,15 @@ def check_classes(train: Dataset, val: Dataset, ignore_others: bool = False) -> 
     classes = np.unique(train_labels)
     if len(classes) < 2:
         raise InputError('data_dir: the training images are all of one class, put them in class folders')
-    train_names, val_names = class_to_idx(train), class_to_idx(val)
-    unknown = sorted(str(name) for name in set(val_names) - set(train_names)) if train_names else []
+    train_names = class_to_idx(train)
+    unknown = sorted(str(name) for name in set(class_to_idx(val)) - set(train_names)) if train_names else []
     unknown = unknown or [str(label) for label in np.setdiff1d(val_labels, classes)]
     if not ignore_others:
         unknown = unknown or getattr(getattr(_whole(val), 'reader', None), 'other_classes', [])
     if unknown:
         raise InputError(
             f"val_split: {len(unknown)} classes without training images ({', '.join(unknown[:5])})")
-    moved = next((name for name, number in val_names.items() if train_names.get(name, number) != number), None)
-    if moved is not None:
-        raise InputError(f'val_split: class {moved} has another number than in training, give `class_map`')
+    check_class_numbers(train, val)
     return int(classes[-1]) + 1
 
 

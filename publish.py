@@ -39,18 +39,17 @@ parser.add_argument('--license', metavar='ID', default='apache-2.0',
 parser.add_argument('--code', metavar='OWNER/REPO', help='GitHub repository of this code, for the card; default: none')
 
 
-def publish_classifier(args):
-    """Write and upload the result of finetune.py."""
+def write_run(args, run, folder):
+    """Write the result of train.py; returns what the card was written from."""
+    checkpoint = find_checkpoint(str(run))
+    state = checkpoint and checkpoint.state
+    if args.include_task and state is None:
+        raise InputError(f'include_task: no checkpoint in {run}')
+    facts = write_folder(folder=folder, checkpoint=state, **arguments_of(write_folder, args))
     if args.include_task:
-        raise InputError('include_task: a classifier has no state of pre-training')
-    folder = Path(args.output or Path(args.export).parent / 'hub')
-    write_classifier(folder=folder, **arguments_of(write_classifier, args))
-    names = ['model.safetensors', 'config.json', 'README.md']
-    _logger.info(f"{folder}: {', '.join(names)}")
-    if not args.dry_run:
-        commit = upload(folder, names, args.repo_id, args.private, args.revision)
-        _logger.info(f"Published: timm.create_model('hf-hub:{args.repo_id}@{commit}', pretrained=True)")
-    return 0
+        write_portable(state, folder / TASK_FILE)
+        write_args(folder, facts)
+    return facts
 
 
 def main(argv=None):
@@ -59,27 +58,21 @@ def main(argv=None):
     _logger.setLevel(logging.INFO)
     check_repo_id(args.repo_id)
     run, config = Path(args.export).parent, Path(args.export, 'config.json')
-    if config.is_file() and read_config(config).get('num_classes'):
-        return publish_classifier(args)
-    folder = Path(args.output or run / 'hub')
-    checkpoint = find_checkpoint(str(run))
-    state = checkpoint and checkpoint.state
-    if args.include_task and state is None:
-        raise InputError(f'include_task: no checkpoint in {run}')
-
-    facts = write_folder(folder=folder, checkpoint=state, **arguments_of(write_folder, args))
-    names = ['model.safetensors', 'config.json', 'README.md']
-    if args.include_task:
-        write_portable(state, folder / TASK_FILE)
-        write_args(folder, facts)
-        names += [TASK_FILE, 'args.yaml']
+    folder, facts = Path(args.output or run / 'hub'), None
+    if not (config.is_file() and read_config(config).get('num_classes')):
+        facts = write_run(args, run, folder)
+    elif args.include_task:
+        raise InputError('include_task: a classifier has no state of pre-training')
+    else:
+        write_classifier(folder=folder, **arguments_of(write_classifier, args))
+    names = ['model.safetensors', 'config.json', 'README.md', *([TASK_FILE, 'args.yaml'] if args.include_task else [])]
     _logger.info(f"{folder}: {', '.join(names)}")
     if args.dry_run:
         return 0
 
     commit = upload(folder, names, args.repo_id, args.private, args.revision)
     _logger.info(f"Published: timm.create_model('hf-hub:{args.repo_id}@{commit}', pretrained=True)")
-    if timm.is_model(f'cgh_{facts.architecture}'):
+    if facts and timm.is_model(f'cgh_{facts.architecture}'):
         _logger.info(f'As a registry entry, in timm_cgh/models/pretrained.py: {table_row(facts, commit)}')
     return 0
 

@@ -33,7 +33,7 @@ from timm_cgh.eval.datasets import open_labelled_datasets
 from timm_cgh.eval.linear import FeatureLoader, LinearHeads, best_head, evaluate_heads, head_losses
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
 from timm_cgh.eval.start import start_evaluation
-from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
+from timm_cgh.plots.evaluation import save_classification
 from timm_cgh.progress import Progress
 
 _logger = logging.getLogger('eval')
@@ -118,16 +118,14 @@ def log_heads(results):
 
 def write_files(args, backbone, data, heads, best, predictions, labels):
     """Plots, and the backbone with the best head as a timm model, into `--output`."""
-    save_confusion(labels, predictions, os.path.join(args.output, 'confusion.png'), data.class_names)
-    save_class_accuracy(labels, predictions, os.path.join(args.output, 'classes.png'), data.class_names)
     try:
         classifier = as_classifier(backbone.model, heads.weights[best], heads.biases[best], backbone.data_config)
     except ValueError as error:
         _logger.warning(f'No export: {error}; the heads are in last.pth.tar')
     else:
-        folder = os.path.join(args.output, 'export')
-        export_classifier(classifier, folder, backbone.data_config, 'linear', data.class_names)
-        _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
+        export_classifier(
+            classifier, os.path.join(args.output, 'export'), backbone.data_config, 'linear', data.class_names)
+    save_classification(args.output, labels, predictions, data.class_names)
 
 
 def report(args, backbone, data, readable, heads, results, labels, seconds):

@@ -35,7 +35,7 @@ from timm_cgh.eval.fine_tuning import FineTuning, create_classifier
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
 from timm_cgh.eval.semisup import balanced_subset, listed_subset, param_groups
 from timm_cgh.eval.start import start_evaluation
-from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
+from timm_cgh.plots.evaluation import save_classification
 
 _logger = logging.getLogger('eval')
 
@@ -130,12 +130,9 @@ def create_tuning(args, backbone, data, images, extractor):
 def report(args, backbone, data, classifier, images, logits, labels, seconds):
     """Write plots, the classifier and the results; `images`: how many labelled ones were used, of how many."""
     if args.output:
-        predictions = logits.argmax(dim=1)
-        save_confusion(labels, predictions, os.path.join(args.output, 'confusion.png'), data.class_names)
-        save_class_accuracy(labels, predictions, os.path.join(args.output, 'classes.png'), data.class_names)
-        folder = os.path.join(args.output, 'export')
-        export_classifier(classifier, folder, backbone.data_config, 'semisup', data.class_names)
-        _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
+        export_classifier(
+            classifier, os.path.join(args.output, 'export'), backbone.data_config, 'semisup', data.class_names)
+        save_classification(args.output, labels, logits.argmax(dim=1), data.class_names)
     write_results(dict(
         **describe_model(backbone, args.dataset, args.data_dir, args.val_split),
         protocol='semi-supervised',

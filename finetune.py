@@ -36,7 +36,7 @@ from timm_cgh.eval.results import describe_accuracy, describe_images, describe_m
 from timm_cgh.eval.start import start_evaluation
 from timm_cgh.files import write_yaml
 from timm_cgh.models.checkpoints import load_folder, weights_digest
-from timm_cgh.plots.evaluation import save_class_accuracy, save_confusion
+from timm_cgh.plots.evaluation import save_classification
 
 _logger = logging.getLogger('eval')
 
@@ -143,14 +143,12 @@ def train(args, backbone, data, tuning, recorder, start_epoch, best):
 
 def report(args, backbone, data, images, best, seconds):
     """Write plots and results; `images`: how many training images were used."""
-    folder, shown = os.path.join(args.output, 'export'), (best['labels'], best['predictions'])
-    save_confusion(*shown, os.path.join(args.output, 'confusion.png'), data.class_names)
-    save_class_accuracy(*shown, os.path.join(args.output, 'classes.png'), data.class_names)
+    save_classification(args.output, best['labels'], best['predictions'], data.class_names)
     write_results(dict(
         **describe_model(backbone, args.dataset, args.data_dir, data.val_split),
         protocol='fine-tuned',
         **describe_accuracy(best['top1'], best['top5']),
-        classifier=weights_digest(load_folder(folder)),  # publish.py compares it
+        classifier=weights_digest(load_folder(os.path.join(args.output, 'export'))),  # publish.py compares it
         epoch=best['epoch'],
         epochs=args.epochs,
         lr=args.lr,
@@ -159,7 +157,6 @@ def report(args, backbone, data, images, best, seconds):
             backbone.data_config, data.num_classes, (images, len(data.train)), (len(best['labels']), len(data.val))),
         seconds=round(seconds, 1),
     ), args.results_file)
-    _logger.info(f"Load the classifier with timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def main(argv=None):

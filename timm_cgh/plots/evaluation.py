@@ -1,4 +1,5 @@
 """Plots of an evaluation: nearest neighbours, confusion matrix, accuracy of each class."""
+import logging
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
 
@@ -8,8 +9,9 @@ from PIL import Image
 
 from timm_cgh.plots.style import BLUE, GREEN, GREY, ORANGE, draw_image, new_figure, plot, save_figure
 
-__all__ = ['save_class_accuracy', 'save_confusion', 'save_retrieval_grid']
+__all__ = ['save_class_accuracy', 'save_classification', 'save_confusion', 'save_retrieval_grid']
 
+_logger = logging.getLogger('eval')
 _RIGHT, _WRONG = GREEN, ORANGE
 _MAX_NAMED = 30  # classes; names of more could not be read
 
@@ -136,6 +138,25 @@ def _draw_ranking(axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
     axes.set_ylabel('top-1, %')
     ends = f'best: {", ".join(names[:3])}\nworst: {", ".join(names[:-4:-1])}'
     axes.text(0.01, 0.03, ends, transform=axes.transAxes, fontsize=8, color=GREY)
+
+
+def save_classification(
+        output: Union[str, Path],
+        labels: torch.Tensor,
+        predictions: torch.Tensor,
+        names: Optional[Sequence[str]] = None,
+) -> None:
+    """Plot `confusion.png` and `classes.png` into the folder of a run, and log how the classifier in its `export/` is
+    loaded, where there is one.
+
+    Args:
+        output: the folder
+        labels, predictions, names: see `save_confusion`
+    """
+    save_confusion(labels, predictions, Path(output, 'confusion.png'), names)
+    save_class_accuracy(labels, predictions, Path(output, 'classes.png'), names)
+    if (export := Path(output, 'export')).exists():
+        _logger.info(f"Load the classifier with timm.create_model('local-dir:{export}', pretrained=True)")
 
 
 @plot

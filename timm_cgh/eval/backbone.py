@@ -55,7 +55,7 @@ def _read_run(checkpoint: str, model: Optional[str]) -> Dict[str, Any]:
     return dict(
         model=model or cfg['architecture'],
         in_chans=chans,
-        img_size=size,
+        img_size=size or None,
         mean=cfg.get('mean'),
         std=cfg.get('std'),
         train_interpolation=cfg.get('interpolation'),

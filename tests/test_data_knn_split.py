@@ -101,10 +101,11 @@ def test_a_named_split_that_cannot_be_compared_is_refused(tmp_path, val, at_faul
     ('torch/image_folder', 'val', 'valid', True),
     ('torch/cifar10', 'train', 'training', True), ('torch/cifar10', 'test', 'val', True),
     ('torch/cifar10', 'train', 'test', False), ('torch/imagenet', 'val', 'validation', True),
-    ('torch/stl10', 'train', 'test', False), ('digits', 'train', 'validation', False),
+    ('torch/stl10', 'train', 'test', False), ('torch/stl10', 'test', 'val', True),
     ('hfds/table', 'train', 'train[:10%]', True), ('hfds/table', 'train[:50%]', 'train[50%:]', False),
     ('hfds/table', 'train[:60%]', 'train[50%:]', True), ('hfds/table', 'train+test', 'test[:10]', True),
     ('hfds/table', 'all', 'test', True), ('hfds/table', 'train', 'test', False), ('hfds/table', 'train', '[', False),
+    ('hfds/table', '[', '[', True), ('digits', 'train', 'validation', False), ('wds/', 'train', 'training', False),
 ])
 def test_splits_overlap_by_whatever_names(tmp_path, dataset, train, val, overlap):
     for name in ('val', 'test'):

@@ -125,6 +125,8 @@ def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, d
         dataset, data_dir: see `open_dataset`
     """
     lower = dataset.lower()
+    if train_split == split:
+        return True
     if not dataset or lower in _TORCH_FOLDERS:
         root, names = data_dir or '', (train_split, split)
         first, second = (find_split_folder(root, name) or (root if name in _TRAIN_NAMES else '') for name in names)
@@ -135,8 +137,10 @@ def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, d
         return _tables_overlap(train.reader.dataset, train_split, split)
     if lower in _TORCH_TRAIN_VAL:
         return (train_split in _TRAIN_NAMES) == (split in _TRAIN_NAMES)
-    synonyms = next((names for names in _SYNONYMS if source_prefix(dataset) == 'torch' and split in names), (split,))
-    return train_split in synonyms
+    if lower == 'torch/stl10':
+        parts = [{*_STL10_SPLITS.get(name, name).split('+')} for name in (train_split, split)]
+        return not parts[0].isdisjoint(parts[1])
+    return source_prefix(dataset) == 'torch' and any({train_split, split} <= {*names} for names in _SYNONYMS)
 
 
 def check_disjoint(train: Dataset, train_split: str, val_split: str, dataset: str, data_dir: Optional[str]) -> None:

@@ -24,17 +24,14 @@ def keep_detector(*args):
     return detectors[0]
 
 
-def wait(process):
-    dist.barrier()
-
-
 if __name__ == '__main__':
     torch.set_num_threads(1)
     folder, *args = sys.argv[1:]
     script.create_detector = keep_detector
     # one process group for both runs: torchrun's store would give a second one the addresses of the first
-    start.init_process, script.end_process = cache(start.init_process), wait
+    start.init_process, script.end_process = cache(start.init_process), lambda process: None
     code = script.parser.run(script.main, [*args, '--output', f'{folder}/run'])
+    dist.barrier()  # rank 0 writes the detector
     torch.save(dict(detectors[0].named_parameters()), f"{folder}/parameters-{os.environ['RANK']}.pt")
     again = ['--eval-only', f'{folder}/run/detector.safetensors', '--output', f'{folder}/two']
     code = code or script.parser.run(script.main, [*args, *again, '--results-file', f'{folder}/two.json'])

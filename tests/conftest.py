@@ -8,8 +8,7 @@ import pytest
 
 # before torch starts its threads: waiting ones would spin beside the processes that tests start
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-if 'PYTEST_XDIST_WORKER' in os.environ:
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # sums in one order, as in the processes that tests start
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the root scripts

@@ -1,6 +1,6 @@
-"""What tests/test_distributed.py runs under torchrun: some steps on given images, then the state is written down.
+"""Some steps of training on given images by one process or several, whose state is written down.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/distributed_worker.py OUT MODEL shuffle|plain|norms STEPS
+tests/distributed_worker.py OUT MODEL shuffle|plain|norms STEPS
 """
 import os
 import sys

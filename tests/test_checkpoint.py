@@ -292,7 +292,7 @@ def meter_rank(rank, folder):
 
 
 def test_the_averages_of_several_processes_survive_a_resume_in_the_middle_of_an_epoch(tmp_path):
-    mp.spawn(meter_rank, (str(tmp_path),), nprocs=2)
+    mp.start_processes(meter_rank, (str(tmp_path),), nprocs=2, start_method='forkserver')
 
 
 @pytest.mark.parametrize('state', [

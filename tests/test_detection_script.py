@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from detection_data import coco_content, make_image, make_masks, make_voc, voc_object, write_coco, write_voc
 from evaluations import stop_after_saving
 from input_errors import check_refused
-from script_runner import call_script, run_torchrun
+from script_runner import call_script, run_two_processes
 from timm_cgh.eval import detection
 from timm_cgh.eval.detection import load_detector
 
@@ -120,7 +120,7 @@ def test_killed_and_resumed_run_is_that_of_one_sitting(streets, tmp_path, monkey
 
 @pytest.mark.slow
 def test_two_processes_end_with_equal_parameters_and_evaluate_as_one_does(streets, tmp_path):
-    done = run_torchrun(
+    done = run_two_processes(
         'tests/detection_worker.py', tmp_path, *MODEL, *TINY, *streets, '--batch-size', '1', '--masks')
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f'parameters-{rank}.pt', weights_only=True) for rank in (0, 1))

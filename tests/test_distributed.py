@@ -1,24 +1,15 @@
 """Two gloo processes on one machine."""
 import importlib
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+from script_runner import run_script
 
 
 def run(out, processes, *args):
-    worker = os.path.join(HERE, 'distributed_worker.py')
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node',
-              str(processes)] if processes > 1 else []
-    env = dict(os.environ, PYTHONPATH=os.path.dirname(HERE), OMP_NUM_THREADS='1')
-    done = subprocess.run(
-        [sys.executable, *launch, worker, str(out), *map(str, args)], env=env, capture_output=True, text=True,
-        timeout=1200)
+    done = run_script('tests/distributed_worker.py', out, *args, processes=processes)
     assert done.returncode == 0, done.stderr
     return [torch.load(f'{out}-{processes}-{rank}.pt', weights_only=True) for rank in range(processes)]
 

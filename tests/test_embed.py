@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from data_files import encode, picture, write_classes, write_images, write_parquet, write_tar
 from evaluations import CONFIG, CPU, load_export
 from input_errors import check_refused, refused
-from script_runner import ENV, call_script, run_torchrun
+from script_runner import ENV, call_script, run_two_processes
 from timm_cgh.apply.embeddings import Parts, join_parts, read_embeddings
 from timm_cgh.apply.images import open_images
 from timm_cgh.data import open_dataset
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(encoder, photos, tmp_
 @pytest.mark.slow
 def test_two_processes_write_the_file_of_one(encoder, photos, tmp_path):
     embed(encoder, tmp_path / 'one.parquet', '--data-dir', photos)
-    done = run_torchrun(
+    done = run_two_processes(
         'embed.py', *arguments(encoder, tmp_path / 'two.parquet', '--data-dir', photos, '--part-size', '8'))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_embeddings(str(tmp_path / f'{name}.parquet')) for name in ('one', 'two'))

@@ -12,7 +12,7 @@ import eval_knn as script
 from data_files import write_classes
 from evaluations import CONFIG, DIGITS, evaluate, load_export, printed_results, write_damaged
 from input_errors import check_refused
-from script_runner import call_script, run_torchrun
+from script_runner import call_script, run_two_processes
 from timm_cgh.data import Digits
 from timm_cgh.eval import best_knn, create_eval_loader, extract_features, knn_accuracy
 from timm_cgh.models.export import export_backbone
@@ -106,7 +106,7 @@ def test_unreadable_images_are_left_out_and_counted(encoder, tmp_path, caplog):
     saved = [load_file(tmp_path / 'one' / f'{split}.safetensors') for split in ('train', 'validation')]
     assert [len(s['features']) for s in saved] == [15, 7]
 
-    done = run_torchrun(
+    done = run_two_processes(
         'eval_knn.py', '--model', f'local-dir:{encoder}', *data, *args, tmp_path / 'two', '--output',
         tmp_path / 'plots')
     assert done.returncode == 0, done.stderr[-3000:]

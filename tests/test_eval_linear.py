@@ -16,7 +16,7 @@ from data_files import write_classes
 from evaluations import (
     CONFIG, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving, write_damaged)
 from input_errors import check_refused, refused
-from script_runner import run_torchrun
+from script_runner import run_two_processes
 from timm_cgh.data import Digits, open_dataset
 from timm_cgh.errors import InputError
 from timm_cgh.eval.classifier import as_classifier, top_accuracy
@@ -329,7 +329,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(encoder, tmp_path):
     args = ['--epochs', '2', '--lr', '1', '10']
     code, one = linear(encoder, tmp_path / 'one', *args)
     assert code == 0
-    done = run_torchrun(
+    done = run_two_processes(
         'eval_linear.py', '--model', f'local-dir:{encoder}', *DIGITS, '--batch-size', '128', *args,
         '--output', tmp_path / 'two')
     assert done.returncode == 0, done.stderr[-3000:]

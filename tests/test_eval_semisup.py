@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from evaluations import (
     CPU, DIGITS, evaluate, exported_top1, load_export, printed_results, stop_after_saving, write_damaged)
 from input_errors import check_refused
-from script_runner import run_torchrun
+from script_runner import run_two_processes
 from timm_cgh.data import Digits, open_dataset
 from timm_cgh.errors import InputError
 from timm_cgh.eval.semisup import balanced_subset, listed_subset, param_groups
@@ -224,7 +224,7 @@ def test_bad_input_is_one_line_that_names_the_option(encoder, tmp_path, capsys, 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_every_image_once(encoder, tmp_path):
-    done = run_torchrun(
+    done = run_two_processes(
         'eval_semisup.py', '--model', f'local-dir:{encoder}', *DIGITS, '--batch-size', '64', '--percent', '10',
         '--epochs', '2', '--output', tmp_path / 'two')
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from data_files import encode, picture, write_images
 from evaluations import CPU
 from input_errors import check_refused, refused
-from script_runner import call_script, run_torchrun
+from script_runner import call_script, run_two_processes
 from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours, mahalanobis_distances
 
 WEIGHTS = REPOSITORY / 'weights' / 'cgh_resnet18'
@@ -170,7 +170,7 @@ def test_two_processes_write_the_files_of_one(encoder, tmp_path):
     (folder / 'broken.png').write_bytes(b'no image')
     args = ['--model', f'local-dir:{encoder}', '--data-dir', folder, '--batch-size', '4', '--threshold', '0']
     neighbours(tmp_path / 'one', *args)
-    done = run_torchrun('neighbours.py', *CPU, '--output', tmp_path / 'two', *args)
+    done = run_two_processes('neighbours.py', *CPU, '--output', tmp_path / 'two', *args)
     assert done.returncode == 0, done.stderr[-3000:]
     written = [{path.name: path.read_bytes() for path in (tmp_path / run).iterdir()} for run in ('one', 'two')]
     assert written[0] == written[1] and len(written[0]) == 8

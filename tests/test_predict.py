@@ -12,7 +12,7 @@ import predict as script
 from data_files import picture
 from evaluations import CONFIG, CPU, load_export
 from input_errors import check_refused
-from script_runner import call_script, run_torchrun
+from script_runner import call_script, run_two_processes
 from timm_cgh.apply.predictions import load_classifier
 from timm_cgh.data import open_dataset
 from timm_cgh.eval import create_eval_loader
@@ -113,7 +113,7 @@ def test_images_are_cropped_as_the_classifier_was_trained(classifier, photos, tm
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(classifier, photos, tmp_path):
     predict(classifier, photos, tmp_path / 'one.csv')
-    done = run_torchrun(
+    done = run_two_processes(
         'predict.py', '--model', f'local-dir:{classifier}', '--data-dir', photos, *CPU, '--batch-size', '5', '--output',
         tmp_path / 'two.csv')
     assert done.returncode == 0, done.stderr[-3000:]

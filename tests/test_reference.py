@@ -173,7 +173,7 @@ def train_rank(rank, folder):
 
 
 def test_two_processes_equal_the_float64_reference(tmp_path):
-    mp.spawn(train_rank, (str(tmp_path),), nprocs=2)
+    mp.start_processes(train_rank, (str(tmp_path),), nprocs=2, start_method='forkserver')
     reference = Reference(build(predictor=True))
     for step in range(STEPS):
         reference.loss(draw_views(step), processes=2).backward()

@@ -103,6 +103,11 @@ def test_an_export_is_loaded_with_the_preparation_of_its_images(tmp_path):
     for given in (None, 'test_resnet', 'test_resnet.r160_in1k'):
         loaded = load_backbone(given, checkpoint=str(tmp_path))  # the folder of a run, for its weights
         assert loaded.data_config == backbone.data_config and loaded.digest == backbone.digest
+    dilated = timm.create_model('test_resnet', num_classes=0, in_chans=1, output_stride=8).eval()
+    export_backbone(dilated, tmp_path / 'export', input_size=(1, 16, 16), mean=(0.3,), std=(0.4,))  # changes no weight
+    images = torch.randn(2, 1, 16, 16)
+    for given in (None, 'test_resnet', 'test_resnet.r160_in1k'):
+        assert torch.equal(load_backbone(given, checkpoint=str(tmp_path)).model(images), dilated(images))
     config = load_backbone(name, img_size=20, in_chans=3, mean=[0.1, 0.2, 0.3], std=[1.0]).data_config
     assert config['input_size'] == (3, 20, 20) and config['mean'] == (0.1, 0.2, 0.3) and config['std'] == (1, 1, 1)
 

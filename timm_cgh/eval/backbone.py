@@ -52,8 +52,11 @@ def _read_run(checkpoint: str, model: Optional[str]) -> Dict[str, Any]:
     config = read_config(path / 'config.json')
     cfg = {**config, **config.get('pretrained_cfg', {})}  # old versions of timm wrote one level
     chans, *size = cfg.get('input_size') or [None]
+    model = model or cfg['architecture']
+    kwargs = config.get('model_args', {}) if model.partition('.')[0] == cfg['architecture'] else {}
     return dict(
-        model=model or cfg['architecture'],
+        model=model,
+        model_kwargs={name: value for name, value in kwargs.items() if name not in ('num_classes', 'img_size')},
         in_chans=chans,
         img_size=size or None,
         mean=cfg.get('mean'),

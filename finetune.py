@@ -134,9 +134,10 @@ def train(args, backbone, data, tuning, recorder, start_epoch, best):
                     epoch=row['epoch'], top1=row['eval_top1'], top5=row['eval_top5'], labels=outputs.labels,
                     predictions=outputs.features.argmax(dim=1))
                 if recorder.output:
+                    export = os.path.join(args.output, 'export')
                     export_classifier(
-                        tuning.classifier, os.path.join(args.output, 'export'), backbone.data_config, 'finetune',
-                        data.class_names)
+                        tuning.classifier, export, backbone.data_config, 'finetune', data.class_names)
+                    best['classifier'] = weights_digest(load_folder(export))  # publish.py compares it
         recorder.add(row, outputs is not None, **tuning.state_dict(), best=best)
     return best
 
@@ -148,7 +149,7 @@ def report(args, backbone, data, images, best, seconds):
         **describe_model(backbone, args.dataset, args.data_dir, data.val_split),
         protocol='fine-tuned',
         **describe_accuracy(best['top1'], best['top5']),
-        classifier=weights_digest(load_folder(os.path.join(args.output, 'export'))),  # publish.py compares it
+        classifier=best.get('classifier'),
         epoch=best['epoch'],
         epochs=args.epochs,
         lr=args.lr,

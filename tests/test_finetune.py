@@ -135,7 +135,8 @@ def test_what_is_not_of_that_classifier_is_not_published_with_it(tuned, tmp_path
     shutil.copytree(output / 'export', tmp_path / 'export')
     config = tmp_path / 'export' / 'config.json'
     config.write_text(config.read_text().replace('"finetune"', '"semisup"'))
-    check_refused(capsys, publish, [config.parent, *args[1:-1]], 'must be of `finetune`, its tag is semisup')
+    named = 'must be a classifier of finetune.py, its tag is semisup'
+    check_refused(capsys, publish, [config.parent, *args[1:-1]], named)
     content = json.loads((output / 'export' / 'config.json').read_text())
     del content['label_names']
     config.write_text(json.dumps(content))
@@ -166,6 +167,9 @@ def test_resumed_run_equals_an_uninterrupted_one(photos, tmp_path, monkeypatch):
     for name, value in a['classifier'].items():
         assert torch.equal(value, b['classifier'][name]), name
     assert read_summary(tmp_path / 'whole') == read_summary(tmp_path / 'broken')
+    # another folder, where no classifier is exported as none is better: the results are the same
+    code, again = finetune(tmp_path / 'other', *args, '--resume', tmp_path / 'whole' / 'last.pth.tar')
+    assert code == 0 and {**whole, 'seconds': 0} == {**again, 'seconds': 0}
 
 
 @pytest.mark.parametrize('args, named', [

@@ -223,11 +223,11 @@ def write_classifier(
     _check_target(export, folder)
     config, model = check_folder(export), load_folder(export)
     if (tag := config.get('pretrained_cfg', {}).get('tag')) != 'finetune':  # of which the card speaks
-        raise InputError(f'export={export}: must be of `finetune`, its tag is {tag}')
+        raise InputError(f'export={export}: must be a classifier of finetune.py, its tag is {tag}')
     found, digest = [read_json(path) for path in results], weights_digest(model)
     for path, result in zip(results, found):
         if lacking := sorted({'classifier', 'dataset', 'protocol', 'top1', 'val_images', 'val_split'} - result.keys()):
-            raise InputError(f'results={path}: has no {lacking[0]}; give results of `finetune`')
+            raise InputError(f'results={path}: has no {lacking[0]}; give what this version of finetune.py wrote')
         if result['classifier'] != digest:
             raise InputError(f'results={path}: measured on another classifier than that in {export}')
     config['pretrained_cfg'].update(license=license)

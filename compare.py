@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import yaml
@@ -26,9 +27,10 @@ import train
 from timm_cgh.arguments import Parser, random_seed
 from timm_cgh.errors import InputError, redact
 from timm_cgh.files import atomic_write, make_folder, read_json, read_rows, read_yaml
+from timm_cgh.models.backbone import read_config
 from timm_cgh.plots import Run, save_chart, save_tables
 from timm_cgh.task import BASELINES
-from timm_cgh.train.settings import check_method
+from timm_cgh.train.settings import check_method, settle_decay_rate
 
 _logger = logging.getLogger('compare')
 # options of train.py that may change between an interruption and the continuation
@@ -108,6 +110,7 @@ def check_methods(names, args, options):
 def open_output(own, args):
     """Write `args.yaml`; reject a folder whose finished runs have other settings."""
     make_folder(args.output, 'output', args.output)
+    settle_decay_rate(args)  # older folders hold its value
     path = os.path.join(args.output, 'args.yaml')
     content = yaml.safe_dump({**vars(own), 'train': redact(vars(args))}, default_flow_style=None, sort_keys=False)
     if os.path.exists(path):
@@ -180,8 +183,8 @@ def evaluate_untrained(args) -> Optional[Run]:
 
 def is_trained(export, epochs):
     """Whether an export is that of the last epoch: one of an earlier epoch is left by a run that was stopped."""
-    config = os.path.join(export, 'config.json')
-    return os.path.exists(config) and read_json(config)['pretrained_cfg']['tag'].endswith(f'_{epochs}ep')
+    config = Path(export, 'config.json')
+    return config.exists() and read_config(config)['pretrained_cfg']['tag'].endswith(f'_{epochs}ep')
 
 
 def run_method(args, name, options) -> Optional[Run]:
@@ -192,6 +195,8 @@ def run_method(args, name, options) -> Optional[Run]:
     method = [*method_options(name, args, options), '--seed', str(args.seed)]
     if not is_trained(export, args.epochs):
         _logger.info(f'{label}: training')
+        for name in ('knn', 'linear'):  # of an earlier export
+            Path(folder, f'{name}.json').unlink(missing_ok=True)
         where = ['--output', runs, '--experiment', label, '--resume', 'auto']
         if not call('train.py', [*method, *where], f'{folder}.log'):
             return None

@@ -73,9 +73,12 @@ def test_a_run_is_trained_once_its_export_is_of_the_last_epoch(tmp_path, monkeyp
     (folder / 'export').mkdir(parents=True)
     (folder / 'summary.csv').write_text('epoch,train_images_per_s\n0,10\n1,20\n')
     for epochs in (1, 2, 12):
-        (folder / 'export' / 'config.json').write_text(json.dumps(dict(pretrained_cfg=dict(tag=f'cgh_{epochs}ep'))))
+        (folder / 'export' / 'config.json').write_text(json.dumps(dict(
+            architecture='test_resnet', pretrained_cfg=dict(tag=f'cgh_{epochs}ep'))))
+        (folder / 'knn.json').touch()
         run = script.run_method(args, 'cross', options)
         assert (run is not None, called) == ((True, []) if epochs == 2 else (False, ['train.py']))
+        assert (folder / 'knn.json').exists() == (epochs == 2)  # that of another epoch goes
         called.clear()
         if run is not None:
             command = shlex.split(run.command)
@@ -133,6 +136,9 @@ def test_a_folder_with_other_settings_is_refused_before_any_run(tmp_path, capsys
     named = f'--output {tmp_path}: holds a comparison with epochs 77, not '
     check_refused(capsys, script, [*DIGITS, '--methods', 'cross', '--output', tmp_path], named)
     assert not (tmp_path / 'runs').exists()
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({'train': {**args, 'decay_rate': 0.1}}))  # of older versions
+    options = [str(option) for option in (*DIGITS, '--output', tmp_path)]
+    script.open_output(script.parser.parse_known_args(options)[0], train.parser.parse(options))
 
 
 CHILD = """

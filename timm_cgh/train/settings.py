@@ -107,11 +107,16 @@ def settle(
     _check_batches(args, num_images, world_size)
     _settle_warmup(args)
     _settle_bank_size(args, num_images, saved_bank_size)
-    if args.decay_rate is None:
-        args.decay_rate = 1.0 if args.sched == 'poly' else 0.1  # timm takes the power of poly from it
+    settle_decay_rate(args)
     if args.lr is None:
         ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
         args.lr = args.lr_base * (ratio if args.lr_base_scale == 'linear' else math.sqrt(ratio))
+
+
+def settle_decay_rate(args: argparse.Namespace) -> None:
+    """Fill in the default factor of the learning rate at each step; timm takes the power of poly from it."""
+    if args.decay_rate is None:
+        args.decay_rate = 1.0 if args.sched == 'poly' else 0.1
 
 
 def task_options(args: argparse.Namespace) -> Dict[str, Any]:

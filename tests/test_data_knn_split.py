@@ -40,7 +40,7 @@ def test_a_folder_among_the_training_images_is_not_a_validation_split(tmp_path):
     write_classes(tmp_path, 10, classes=('cat', 'dog', 'val'))
     (reference, query), text = open_sets(tmp_path)  # no folder train: all of it is trained on, val too
     assert reference.dataset is query.dataset and 'others' in text
-    with refused('val_split=val', 'has images of the training split'):
+    with refused('val_split=val', 'shares images with the training split'):
         open_sets(tmp_path, 'val')
 
 
@@ -85,7 +85,7 @@ def test_without_labels_nothing_is_compared(tmp_path, layout, why):
 
 @pytest.mark.parametrize('val, at_fault, why', [
     ('missing', 'val_split=missing', 'not in'),
-    ('train', 'val_split=train', 'has images of the training split'),
+    ('train', 'val_split=train', 'shares images with the training split'),
     ('birds', 'data_dir', '0 images'),  # of the classes in train
 ])
 def test_a_named_split_that_cannot_be_compared_is_refused(tmp_path, val, at_fault, why):

@@ -82,8 +82,8 @@ def test_validation_images_without_class_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('splits, parameter, part', [
-    (dict(val_split='train'), 'val_split', 'has images of the training split'),
-    (dict(train_split='val'), 'val_split=validation', 'has images of the training split'),
+    (dict(val_split='train'), 'val_split', 'shares images with the training split'),
+    (dict(train_split='val'), 'val_split=validation', 'shares images with the training split'),
     (dict(val_split='test'), 'val_split', 'test'),
     (dict(train_split='training2'), 'train_split', 'training2'),
 ])
@@ -93,7 +93,7 @@ def test_splits_that_do_not_exist_are_refused(splits, parameter, part, tmp_path)
 
 
 def test_a_folder_without_splits_is_not_its_own_validation_split(tmp_path):
-    with refused('val_split=training', 'has images of the training split'):
+    with refused('val_split=training', 'shares images with the training split'):
         open_folder(write_classes(tmp_path, 5), val_split='training')
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from timm_cgh.errors import InputError, reason
 
-from .labels import to_label
+from .labels import to_label, whole
 
 try:
     import simplejpeg
@@ -248,9 +248,7 @@ def _locate(dataset: Dataset, index: int) -> Tuple[Any, int]:
 
 def dataset_decoding(dataset: Dataset, mode: Optional[str] = None) -> Decoding:
     """How `open_dataset` was told to decode the images of a data set; `mode` replaces that of the images."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    decoding = getattr(dataset, 'decoding', Decoding())
+    decoding = getattr(whole(dataset), 'decoding', Decoding())
     return decoding._replace(mode=mode) if mode else decoding
 
 

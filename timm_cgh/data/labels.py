@@ -7,7 +7,7 @@ from torchvision.datasets import INaturalist
 
 from timm_cgh.errors import InputError
 
-__all__ = ['check_class_numbers', 'class_to_idx', 'read_labels', 'to_label']
+__all__ = ['check_class_numbers', 'class_to_idx', 'read_labels', 'to_label', 'whole']
 
 
 def to_label(target: Any) -> int:
@@ -47,10 +47,16 @@ def read_labels(dataset: Dataset) -> Optional[np.ndarray]:
     return np.array([to_label(label) for label in reader.iter_targets()], dtype=np.int64)
 
 
-def class_to_idx(dataset: Dataset) -> Dict[str, int]:
-    """Class name -> label; empty where the data set has no class names."""
+def whole(dataset: Dataset) -> Dataset:
+    """The data set behind any `Subset`."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
+    return dataset
+
+
+def class_to_idx(dataset: Dataset) -> Dict[str, int]:
+    """Class name -> label; empty where the data set has no class names."""
+    dataset = whole(dataset)
     reader = getattr(dataset, 'reader', dataset)
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     return mapping if isinstance(mapping, dict) else {}

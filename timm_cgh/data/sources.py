@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.reader import Reader
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import STL10
 
 from timm_cgh.distributed import rank_zero_first
@@ -15,6 +15,7 @@ from timm_cgh.errors import InputError, checking, reason
 
 from .decode import MAX_PIXELS, Decoding
 from .digits import Digits
+from .labels import whole
 from .readers import FolderReader, ShardReader, TarReader, list_tars
 
 __all__ = [
@@ -119,6 +120,8 @@ def _tables_overlap(table: Any, *splits: str) -> bool:
 def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, data_dir: Optional[str]) -> bool:
     """Whether a split is known to share images with the training split, by whatever names.
 
+    Of streams, and of the names that torchvision gives to a single data set, only equal ones are known.
+
     Args:
         train: the training split
         train_split, split: the two names
@@ -132,9 +135,7 @@ def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, d
         first, second = (find_split_folder(root, name) or (root if name in _TRAIN_NAMES else '') for name in names)
         return bool(first and second) and (_within(first, second) or _within(second, first))
     if source_prefix(dataset) == 'hfds':
-        while isinstance(train, Subset):
-            train = train.dataset
-        return _tables_overlap(train.reader.dataset, train_split, split)
+        return _tables_overlap(whole(train).reader.dataset, train_split, split)
     if lower in _TORCH_TRAIN_VAL:
         return (train_split in _TRAIN_NAMES) == (split in _TRAIN_NAMES)
     if lower == 'torch/stl10':
@@ -147,7 +148,7 @@ def check_disjoint(train: Dataset, train_split: str, val_split: str, dataset: st
     """Raise an `InputError` where validation images are known to be training images; see `splits_overlap`."""
     if splits_overlap(train, train_split, val_split, dataset, data_dir):
         raise InputError(
-            f'val_split={val_split}: has images of the training split, {train_split}, each of which would find itself')
+            f'val_split={val_split}: shares images with the training split, {train_split}')
 
 
 def _find_images(data_dir: str, split: str, search_split: bool, split_parameter: str) -> str:

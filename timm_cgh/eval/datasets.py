@@ -4,10 +4,10 @@ from contextlib import suppress
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from timm_cgh.data import ImageSubset, class_to_idx, image_mode, is_stream, open_dataset, read_labels
-from timm_cgh.data.labels import check_class_numbers
+from timm_cgh.data.labels import check_class_numbers, whole
 from timm_cgh.data.sources import check_disjoint, find_split_folder, splits_overlap
 from timm_cgh.errors import InputError
 
@@ -24,15 +24,9 @@ class LabelledDatasets(NamedTuple):
     val_split: str
 
 
-def _whole(dataset: Dataset) -> Dataset:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return dataset
-
-
 def class_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
     """Names of the classes in the order of their labels, where the data set knows them all."""
-    numbers, dataset = class_to_idx(dataset), _whole(dataset)
+    numbers, dataset = class_to_idx(dataset), whole(dataset)
     names = sorted(numbers, key=numbers.__getitem__) or getattr(getattr(dataset, 'reader', dataset), 'classes', None)
     return [str(name) for name in names] if names and len(names) == num_classes else None
 
@@ -89,7 +83,7 @@ def check_classes(train: Dataset, val: Dataset, ignore_others: bool = False) -> 
     unknown = sorted(str(name) for name in set(class_to_idx(val)) - set(train_names)) if train_names else []
     unknown = unknown or [str(label) for label in np.setdiff1d(val_labels, classes)]
     if not ignore_others:
-        unknown = unknown or getattr(getattr(_whole(val), 'reader', None), 'other_classes', [])
+        unknown = unknown or getattr(getattr(whole(val), 'reader', None), 'other_classes', [])
     if unknown:
         raise InputError(
             f"val_split: {len(unknown)} classes without training images ({', '.join(unknown[:5])})")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import read_rows, read_yaml
+from timm_cgh.files import read_resolved, read_rows, read_yaml
 from timm_cgh.plots.style import COLORS, GREY, label_epochs, new_figure, plot, plot_epochs, read_column, save_figure
 from timm_cgh.task.positives import Selection
 
@@ -98,7 +98,7 @@ def read_tracked_run(folder: Union[str, Path], context: str, label: str = '', pa
             f'images')
     with checking(f"{os.path.join(folder, 'args.yaml')}: track_relations", args['track_relations'], ValueError):
         selection = Selection.parse(str(args['track_relations']))
-    bank_size, resolved = args.get('bank_size'), Path(folder, 'resolved.yaml')
-    if bank_size is None and resolved.exists():  # the default one
-        bank_size = read_yaml(resolved).get('options', {}).get('bank_size')
+    bank_size = args.get('bank_size')
+    if bank_size is None and Path(folder, 'resolved.yaml').exists():  # the default one
+        bank_size = read_resolved(folder)['options'].get('bank_size')
     return TrackedRun(curve, selection, bank_size)

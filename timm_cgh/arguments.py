@@ -351,8 +351,9 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME',
                        help="timm model, local-dir:RUN/export, hf-hub:OWNER/NAME; default: that of --checkpoint's run")
-    group.add_argument('--checkpoint', metavar='FILE',
-                       help='weights (safetensors or torch file; ours, MoCo, DINO, ...); default: those of --model')
+    group.add_argument('--checkpoint', metavar='SOURCE',
+                       help='weights: a file (safetensors or torch; ours, MoCo, DINO, ...), the folder of a run or its '
+                            'export/, or hf-hub:OWNER/NAME; default: those of --model')
     group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")
     group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',

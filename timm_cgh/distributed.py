@@ -57,7 +57,7 @@ def init_process(device: str = 'cpu', seed: int = 42) -> Process:
 def end_process(process: Process) -> None:
     """Leave the process group once every process has arrived here.
 
-    What rank 0 does alone in the end comes after it: the group's time-out, ten minutes on GPUs, would end a job whose
+    What rank 0 does alone for long comes after it: the group's time-out, ten minutes on GPUs, would end a job whose
     other processes wait here for longer.
     """
     if process.distributed:

@@ -35,7 +35,7 @@ def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @torch.no_grad()
 def uniformity(features: torch.Tensor) -> float:
-    """log of the mean of exp(-2 squared distance) over all pairs of images: 0 of equal features, about -4 of many
+    """log of the mean of exp(-2 squared distance) over all pairs of images: 0 for equal features, about -4 for many
     that point in all directions.
 
     Wang and Isola, ICML 2020, Eq. 4 with t 2.

@@ -28,7 +28,7 @@ from timm_cgh.models.matching import misfits
 __all__ = ['FORMATS', 'as_torchvision', 'convert']
 
 _logger = logging.getLogger('hub')
-_MAX_ONNX = 1536 * 2 ** 20  # bytes of weights, of which torch writes more into a second file
+_MAX_ONNX = 1536 * 2 ** 20  # bytes; torch writes larger weights into a second file
 
 
 def _load(source: str, **kwargs: Any) -> nn.Module:

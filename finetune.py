@@ -35,7 +35,7 @@ from timm_cgh.eval.fine_tuning import FineTuning, create_classifier
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
 from timm_cgh.eval.start import start_evaluation
 from timm_cgh.files import write_yaml
-from timm_cgh.models.checkpoints import load_folder, weights_digest
+from timm_cgh.models.checkpoints import weights_digest
 from timm_cgh.plots.evaluation import save_classification
 
 _logger = logging.getLogger('eval')
@@ -134,10 +134,10 @@ def train(args, backbone, data, tuning, recorder, start_epoch, best):
                     epoch=row['epoch'], top1=row['eval_top1'], top5=row['eval_top5'], labels=outputs.labels,
                     predictions=outputs.features.argmax(dim=1))
                 if recorder.output:
-                    export = os.path.join(args.output, 'export')
                     export_classifier(
-                        tuning.classifier, export, backbone.data_config, 'finetune', data.class_names)
-                    best['classifier'] = weights_digest(load_folder(export))  # publish.py compares it
+                        tuning.classifier, os.path.join(args.output, 'export'), backbone.data_config, 'finetune',
+                        data.class_names)
+                    best['classifier'] = weights_digest(tuning.classifier)  # publish.py compares it
         recorder.add(row, outputs is not None, **tuning.state_dict(), best=best)
     return best
 

@@ -147,8 +147,7 @@ def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, d
 def check_disjoint(train: Dataset, train_split: str, val_split: str, dataset: str, data_dir: Optional[str]) -> None:
     """Raise an `InputError` where validation images are known to be training images; see `splits_overlap`."""
     if splits_overlap(train, train_split, val_split, dataset, data_dir):
-        raise InputError(
-            f'val_split={val_split}: shares images with the training split, {train_split}')
+        raise InputError(f'val_split={val_split}: shares images with the training split, {train_split}')
 
 
 def _find_images(data_dir: str, split: str, search_split: bool, split_parameter: str) -> str:

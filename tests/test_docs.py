@@ -1,5 +1,6 @@
 """README and docs: links lead somewhere, commands are those of the real parsers, and they run on small stand-ins."""
 import ast
+import configparser
 import importlib
 import os
 import re
@@ -123,6 +124,14 @@ def test_api_reference_covers_every_module():
     covered = {path for marker in markers for pattern in marker.split() for path in package.glob(pattern)}
     public = {path for path in package.rglob('*.py') if '\n__all__' in path.read_text(encoding='utf-8')}
     assert public - covered == {package / '__main__.py'}
+
+
+def test_the_documentation_workflow_installs_the_docs_extra():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / 'setup.cfg', encoding='utf-8')
+    workflow = (REPOSITORY / '.github' / 'workflows' / 'docs.yml').read_text(encoding='utf-8')
+    install = re.search(r'run: pip install (.*?)  #', workflow)[1]
+    assert set(shlex.split(install)) == set(config['options.extras_require']['docs'].split())
 
 
 def test_quick_start_has_the_two_lines_that_ci_runs():

@@ -14,13 +14,12 @@ from script_runner import ENV
 from timm_cgh.train.checkpoint import read_checkpoint
 from training import TINY, check_equal_checkpoints, check_ok, check_refused, command, make_images, read_summary, train
 
-RESUMED = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 4,
-           '--drop-path', 0.2, '--recovery-interval', 3, '--predictor', '--resume', 'auto', '--knn-interval', 2]
 
-
-def check_kill_and_resume(tmp_path, kills, seed):
+def check_kill_and_resume(tmp_path, images, kills, seed):
     """Train once through, and once killed `kills` times at random moments; both must end the same."""
-    args = [*RESUMED, '--log-interval', 1, '--output', tmp_path, '--experiment']
+    args = [*TINY, '--data-dir', make_images(tmp_path / 'images', images), '--epochs', 4, '--drop-path', 0.2,
+            '--predictor', '--knn-interval', 2, '--recovery-interval', 3, '--log-interval', 1, '--resume', 'auto',
+            '--output', tmp_path, '--experiment']
     lines = len(check_ok(train(*args, 'whole')).splitlines())
     rng = random.Random(seed)
     for _ in range(kills):
@@ -44,12 +43,12 @@ def check_kill_and_resume(tmp_path, kills, seed):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    check_kill_and_resume(tmp_path, kills=1, seed=0)
+    check_kill_and_resume(tmp_path, images=100, kills=1, seed=0)
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(tmp_path):
-    check_kill_and_resume(tmp_path, kills=10, seed=1)
+    check_kill_and_resume(tmp_path, images=400, kills=10, seed=1)
 
 
 def test_knn_may_be_switched_on_by_a_resume(tmp_path, images):

@@ -14,16 +14,16 @@ import torch
 from conftest import REPOSITORY
 from script_runner import ENV
 from timm_cgh.train.stop import StopRequest
-from training import TINY, check_equal_checkpoints, check_ok, command, train
+from training import TINY, check_equal_checkpoints, check_ok, command, make_images, train
 
 
 @pytest.mark.parametrize('signum', [
     signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
-    args = [*TINY, '--dataset', 'digits', '--in-chans', 1, '--hflip', 0, '--batch-size', 64, '--epochs', 2,
-            '--log-interval', 1, '--workers', 1, '--knn-interval', 0, '--resume', 'auto', '--output', tmp_path]
-    process = subprocess.Popen(command(*args, '--experiment', 'run'), env=ENV, cwd=REPOSITORY, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    args = [*TINY, '--data-dir', make_images(tmp_path / 'images', 400), '--epochs', 2, '--log-interval', 1,
+            '--knn-interval', 0, '--resume', 'auto', '--output', tmp_path]
+    process = subprocess.Popen(command(*args, '--experiment', 'run', '--workers', 1), env=ENV, cwd=REPOSITORY,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -101,9 +101,6 @@ def main(argv=None):
     with logging_redirect_tqdm():
         train, val = extractor(model, data.train), extractor(model, data.val)
     extracted = time.monotonic()
-    if args.save_features and process.primary:
-        save_features(args.save_features, data.class_names, train=train, validation=val)
-
     with checking('model', backbone.name, ValueError):  # features that are not finite
         predictions = knn_predict_distributed(
             train.features, train.labels, val.features, process, ks, args.temperature)
@@ -114,6 +111,8 @@ def main(argv=None):
 
     end_process(process)
     if process.primary:
+        if args.save_features:
+            save_features(args.save_features, data.class_names, train=train, validation=val)
         if args.output:
             with checking('output', args.output, OSError):
                 save_class_accuracy(

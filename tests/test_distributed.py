@@ -47,7 +47,7 @@ def test_batch_norm_network_stays_equal_on_both_processes(tmp_path):
 
 
 @pytest.mark.parametrize('script, work', [
-    ('embed', 'join_parts'), ('eval_detection', 'write_files'), ('eval_knn', 'save_retrieval'),
+    ('embed', 'join_parts'), ('eval_detection', 'write_files'), ('eval_knn', 'save_features'),
     ('eval_linear', 'report'), ('eval_semisup', 'report'), ('finetune', 'report'), ('neighbours', 'find_neighbours'),
     ('predict', 'write_predictions'), ('write_shards', 'write_shards')])
 def test_no_process_waits_for_what_rank_0_does_alone_in_the_end(script, work):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a timm backbone on unlabelled images with CGH (cross-context learning, WACV 2024).
 
-    python train.py                                     # UCI's handwritten digits, two minutes on two cores
+    python train.py                                     # UCI's handwritten digits, a few minutes on a CPU
     python train.py --data-dir images/ --model resnet50 --epochs 200
     torchrun --nproc_per_node 8 train.py --config my.yaml --data-dir imagenet/
 """

@@ -6,7 +6,7 @@
 
 Each method and seed is a run of train.py, followed by eval_knn.py and eval_linear.py --cache-features on its export.
 All options that are not listed here are those of train.py, and the same for all methods, with two exceptions: MoCo-v2
-gets --bn-splits 8, where the batch allows it, which stands in for its ShuffleBN, and ReSSL has no warm-up by InfoNCE.
+gets --bn-splits of up to 8, as the batch allows, in place of its ShuffleBN, and ReSSL has no warm-up by InfoNCE.
 Finished runs are kept: the same command continues after an interruption.
 """
 import importlib.util
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import yaml
 from timm import utils
@@ -38,23 +38,17 @@ _MAY_CHANGE = ('config', 'data_dir', 'device', 'output', 'seed', 'workers')
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
-class Method(NamedTuple):
-    """Title of a method, and its options of train.py."""
-    title: str
-    options: tuple
-
-
-METHODS = {
-    'cross': Method('CGH, cross-context', ('--context', 'cross')),
-    'same': Method('CGH, same-context', ('--context', 'same')),
-    'global': Method('CGH, global-context (ReSSL)', ('--context', 'global', '--contrast-warmup-epochs', '0')),
-    'moco': Method('MoCo-v2', ('--method', 'moco')),
-    'simclr': Method('SimCLR', ('--method', 'simclr')),
-    'byol': Method('BYOL', ('--method', 'byol')),
-    'simsiam': Method('SimSiam', ('--method', 'simsiam')),
-    'swav': Method('SwAV, two views', ('--method', 'swav')),
-    'nnclr': Method('NNCLR', ('--method', 'nnclr')),
-    'dino': Method('DINO, two views', ('--method', 'dino')),
+METHODS = {  # title, options of train.py
+    'cross': ('CGH, cross-context', ('--context', 'cross')),
+    'same': ('CGH, same-context', ('--context', 'same')),
+    'global': ('CGH, global-context (ReSSL)', ('--context', 'global', '--contrast-warmup-epochs', '0')),
+    'moco': ('MoCo-v2', ('--method', 'moco')),
+    'simclr': ('SimCLR', ('--method', 'simclr')),
+    'byol': ('BYOL', ('--method', 'byol')),
+    'simsiam': ('SimSiam', ('--method', 'simsiam')),
+    'swav': ('SwAV, two views', ('--method', 'swav')),
+    'nnclr': ('NNCLR', ('--method', 'nnclr')),
+    'dino': ('DINO, two views', ('--method', 'dino')),
 }
 
 parser = Parser(__doc__, allow_abbrev=False)  # --seed and --method are train.py's
@@ -94,7 +88,8 @@ def method_options(name, args, options):
     """Options of train.py for a method: those that all methods share, then its own."""
     splits = bn_splits(name, args)
     own = () if splits == args.bn_splits else ('--bn-splits', str(splits))
-    return [*options, *METHODS[name].options, *own]
+    _, method = METHODS[name]
+    return [*options, *method, *own]
 
 
 def check_methods(names, args, options):
@@ -189,14 +184,14 @@ def is_trained(export, epochs):
 
 def run_method(args, name, options) -> Optional[Run]:
     """Train and evaluate; None where either failed."""
-    label, runs = f'{name}-{args.seed}', os.path.join(args.output, 'runs')
+    (title, _), label, runs = METHODS[name], f'{name}-{args.seed}', os.path.join(args.output, 'runs')
     folder = os.path.join(runs, label)
     export, summary = os.path.join(folder, 'export'), os.path.join(folder, 'summary.csv')
     method = [*method_options(name, args, options), '--seed', str(args.seed)]
     if not is_trained(export, args.epochs):
         _logger.info(f'{label}: training')
-        for name in ('knn', 'linear'):  # of an earlier export
-            Path(folder, f'{name}.json').unlink(missing_ok=True)
+        for results in ('knn.json', 'linear.json'):  # of an earlier export
+            Path(folder, results).unlink(missing_ok=True)
         where = ['--output', runs, '--experiment', label, '--resume', 'auto']
         if not call('train.py', [*method, *where], f'{folder}.log'):
             return None
@@ -206,7 +201,7 @@ def run_method(args, name, options) -> Optional[Run]:
     rows = read_rows(summary)
     memory = [float(row['train_peak_memory_mib']) for row in rows if row.get('train_peak_memory_mib')]
     run = Run(
-        METHODS[name].title,
+        title,
         args.seed,
         *top1,
         images_per_s=statistics.median_high(float(row['train_images_per_s']) for row in rows),

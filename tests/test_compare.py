@@ -67,21 +67,27 @@ def test_a_run_is_trained_once_its_export_is_of_the_last_epoch(tmp_path, monkeyp
     options = [str(option) for option in (*DIGITS, '--epochs', 2, '--data-dir', 'https://me:secret@host/a b')]
     args = train.parser.parse(options)
     args.output, called = str(tmp_path), []
-    monkeypatch.setattr(script, 'call', lambda name, *_: called.append(name))
+    monkeypatch.setattr(script, 'call', lambda name, *_: called.append(name) or export(args.epochs) or trains)
     monkeypatch.setattr(script, 'evaluate', lambda *_: (40.0, 50.0))
     folder = tmp_path / 'runs' / 'cross-42'
     (folder / 'export').mkdir(parents=True)
     (folder / 'summary.csv').write_text('epoch,train_images_per_s\n0,10\n1,20\n')
-    for epochs in (1, 2, 12):
+
+    def export(epochs):
         (folder / 'export' / 'config.json').write_text(json.dumps(dict(
             architecture='test_resnet', pretrained_cfg=dict(tag=f'cgh_{epochs}ep'))))
+
+    for epochs, trains in ((1, False), (2, False), (12, True)):
+        export(epochs)
         (folder / 'knn.json').touch()
         run = script.run_method(args, 'cross', options)
-        assert (run is not None, called) == ((True, []) if epochs == 2 else (False, ['train.py']))
+        assert called == ([] if epochs == 2 else ['train.py'])
         assert (folder / 'knn.json').exists() == (epochs == 2)  # that of another epoch goes
         called.clear()
+        assert (run is not None) == (epochs == 2 or trains)
         if run is not None:
             command = shlex.split(run.command)
+            assert run.method == 'CGH, cross-context'
             assert command[:2] == ['python', 'train.py'] and 'https://***@host/a b' in command
 
 

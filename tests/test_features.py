@@ -3,8 +3,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from timm_cgh.data import workers
 from timm_cgh.eval import Pixels, create_eval_loader, eval_crop_pct, extract_features
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -55,13 +56,20 @@ def test_large_images_are_resized_to_256_and_cropped_to_224():
     assert images_of(loader)[0].shape == (2, 3, 224, 224)
 
 
-@pytest.mark.parametrize('workers', (0, 1))
-def test_subsets_streams_and_workers_give_every_image_once(workers):
-    subset, _ = images_of(create_eval_loader(Subset(Noise(), [7, 2, 9]), config(), 2, workers))
-    stream, labels = images_of(create_eval_loader(Stream(), config(), 4, workers))
+@pytest.mark.parametrize('count', (0, 1))
+def test_subsets_streams_and_workers_give_every_image_once(count):
+    subset, _ = images_of(create_eval_loader(Subset(Noise(), [7, 2, 9]), config(), 2, count))
+    stream, labels = images_of(create_eval_loader(Stream(), config(), 4, count))
     images, _ = images_of(create_eval_loader(Noise(), config(), 4))
     assert torch.equal(subset, images[[7, 2, 9]])
     assert torch.equal(stream, images) and len(labels) == 10
+
+
+def test_workers_that_an_error_may_leave_are_registered_to_be_killed_at_exit():
+    loader = DataLoader(torch.arange(64), batch_size=1, num_workers=1, worker_init_fn=workers.start_worker)
+    iterator = workers.iterate(loader)
+    assert next(iterator) == 0 and any(worker.is_alive() for worker in workers._workers)
+    iterator.close()
 
 
 def test_the_transform_of_the_data_set_is_not_changed():

@@ -65,10 +65,11 @@ def explain_shared_memory() -> Iterator[None]:
 
 
 def iterate(loader: Iterable) -> Iterator:
-    """Iterate over a loader whose workers start with the first batch at the latest, under `signals_blocked`."""
-    iterator, end = iter(loader), object()
+    """Iterate over a loader whose workers start with the iterator or with the first batch, under `signals_blocked`."""
+    end = object()
     with explain_shared_memory():
         with signals_blocked():
+            iterator = iter(loader)
             item = next(iterator, end)
         while item is not end:
             yield item

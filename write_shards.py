@@ -9,9 +9,6 @@ import logging
 import os
 import sys
 
-# On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable

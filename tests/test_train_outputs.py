@@ -109,16 +109,17 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(images, tmp_path, monkeypatch):
     class Wandb:
         """Stands in for the package, which would ask for a login."""
         __spec__ = importlib.machinery.ModuleSpec('wandb', None)
-        calls, rows = [], []
+        calls, rows, finished = [], [], []
 
         def init(self, id=None, **kwargs):
             self.calls.append({'id': id, **kwargs})
-            return SimpleNamespace(id=id or 'new', log=self.rows.append)
+            return SimpleNamespace(id=id or 'new', log=self.rows.append, finish=lambda: self.finished.append(id))
 
     monkeypatch.setitem(sys.modules, 'wandb', fake := Wandb())
     args = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     for epochs in (1, 2):
         assert train(*args, '--epochs', epochs, '--log-wandb', '--wandb-project', 'birds') == 0
-    assert [call['id'] for call in fake.calls] == [None, 'new'] and [row['epoch'] for row in fake.rows] == [0, 1]
+    assert [call['id'] for call in fake.calls] == fake.finished == [None, 'new']
+    assert [row['epoch'] for row in fake.rows] == [0, 1]
     assert all((call['project'], call['name'], call['resume']) == ('birds', 'run', 'allow') for call in fake.calls)
     assert fake.calls[0]['config']['options']['bank_size'] == 16

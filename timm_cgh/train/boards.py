@@ -40,6 +40,7 @@ class Boards:
             wandb_project: str = 'timm-cgh',
     ):
         self._log: List[Callable[[Dict[str, Any]], None]] = []
+        self._close: List[Callable[[], None]] = []
         if log_wandb:
             import wandb
             path = Path(folder, 'wandb_id.txt')
@@ -49,10 +50,12 @@ class Boards:
             with atomic_write(path) as file:
                 file.write(f'{run.id}\n')
             self._log.append(run.log)
+            self._close.append(run.finish)
         if log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(folder)
             self._log.append(self._add_scalars)
+            self._close.append(self.writer.close)
 
     def _add_scalars(self, row: Dict[str, Any]) -> None:
         for name, value in row.items():
@@ -62,3 +65,8 @@ class Boards:
         """Report the row of an epoch."""
         for log in self._log:
             log(row)
+
+    def close(self) -> None:
+        """Send what is left; another run of this process opens its own."""
+        for close in self._close:
+            close()

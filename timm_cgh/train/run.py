@@ -330,6 +330,8 @@ class Run:
 
         Collective: every rank must call.
         """
+        if self.process.primary:
+            self.boards.close()
         if self.exit_code == 1:
             return
         unreadable = set().union(*all_gather_objects(self.unreadable))

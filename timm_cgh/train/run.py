@@ -240,11 +240,12 @@ class Run:
         """Whether the mean loss is; if not, the run ends."""
         if math.isfinite(loss):
             return True
-        saved = any(name.endswith('.pth.tar') for name in os.listdir(self.folder))
-        _logger.error(
-            f'The loss is not finite in epoch {self.epoch}: stopped. '
-            f"{f'The last good state is in {self.folder}' if saved else 'No state was saved yet'}; a lower learning "
-            f'rate, gradient clipping or bfloat16 in place of float16 may help.')
+        if self.process.primary:  # the folder may be on its own disk
+            saved = any(name.endswith('.pth.tar') for name in os.listdir(self.folder))
+            _logger.error(
+                f'The loss is not finite in epoch {self.epoch}: stopped. '
+                f"{f'The last good state is in {self.folder}' if saved else 'No state was saved yet'}; a lower "
+                f'learning rate, gradient clipping or bfloat16 in place of float16 may help.')
         self.finished, self.exit_code = False, 1
         return False
 

@@ -42,6 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command not in _COMMANDS:
         print(f'timm-cgh: error: no such command: {command} (choose from {", ".join(_COMMANDS)})', file=sys.stderr)
         return 2
+    sys.argv[0] = f'timm-cgh {command}'  # the name that argparse gives to the subparsers of `plot`
     script = importlib.import_module(f'timm_cgh.scripts.{_COMMANDS[command][0]}')
     script.parser.prog = f'timm-cgh {command}'
     return script.parser.run(script.main, rest)

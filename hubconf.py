@@ -40,7 +40,7 @@ def cgh(backbone=None, checkpoint=None, **kwargs):
         backbone: timm model name; default the one in the checkpoint's config.json, else 'resnet50'
         checkpoint: None for random weights; a run's folder or its export/; 'hf-hub:owner/name'; or a checkpoint file of
             the backbone (safetensors or PyTorch; of this package, timm, torchvision, MoCo, DINO, ...)
-        **kwargs: arguments of timm.create_model(backbone, ...); in_chans must be that of a checkpoint file
+        **kwargs: arguments of timm.create_model(backbone, ...); weights for colour images fit any in_chans
 
     Raises:
         ValueError: no such checkpoint, unreadable, another architecture's, or its download failed

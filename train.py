@@ -103,7 +103,7 @@ group.add_argument('--method-kwargs', nargs='*', default={}, action=KeyValues, m
 group.add_argument('--context', choices=CONTEXTS, default='cross',
                    help='cross: CGH; same: each context teaches itself; global: ReSSL (Tab. 5)')
 group.add_argument('--out-indices', nargs='+', type=int, metavar='I',
-                   help='stages of the hypercolumn; default: the last two')
+                   help='stages of the hypercolumn; default: the last two, of plain ViTs four evenly spaced blocks')
 group.add_argument('--hidden-dim', type=at_least_one, default=4096, metavar='N', help='hidden width of the projectors')
 group.add_argument('--embed-dim', type=at_least_one, default=512, metavar='N', help='width of the embeddings')
 group.add_argument('--predictor', action='store_true', help='predictors on the student (CGH-pred)')

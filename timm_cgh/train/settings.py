@@ -45,7 +45,7 @@ def check_method(args: argparse.Namespace) -> None:
 
 def _check_batches(args: argparse.Namespace, num_images: int, world_size: int) -> None:
     if num_images < 2:
-        raise InputError(f'data_dir={args.data_dir}: holds a single image, training needs several')
+        raise InputError('data_dir: holds a single image, training needs several')
     if args.batch_size < 2:
         raise InputError('batch_size=1: must be at least 2, for batch norm')
     if args.sync_bn and (world_size == 1 or args.device == 'cpu'):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_cgh.data import EpochBatchSampler, image_mode
 from timm_cgh.data.decode import UNREADABLE, image_name, read_image
+from timm_cgh.data.workers import iterate, start_worker
 from timm_cgh.distributed import Process
 from timm_cgh.errors import InputError, reason
 
@@ -130,6 +131,7 @@ class CropLoader:
             _Crops(images, transform, seed, image_mode(data_config['input_size'][0])),
             batch_sampler=self.sampler,
             num_workers=workers,
+            worker_init_fn=start_worker,
             pin_memory=self.device.type == 'cuda',
             persistent_workers=workers > 0,
         )
@@ -142,6 +144,6 @@ class CropLoader:
     def epoch(self, epoch: int) -> Iterator[Tuple[torch.Tensor, torch.Tensor, int]]:
         """Batches of an epoch: normalised (B, C, H, W) images, (B,) labels, number of images over all processes."""
         self.sampler.set_epoch(epoch)
-        for batch, (images, labels) in enumerate(self.loader):
+        for batch, (images, labels) in enumerate(iterate(self.loader)):
             images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
             yield images, labels.to(self.device, non_blocking=True), self.sampler.block_size(batch)

@@ -89,7 +89,7 @@ def bootstrap_ap50(
 
     rng = np.random.default_rng(seed)
     gains = [gain(rng.integers(images, size=images)) for _ in range(samples)]
-    return gain(np.arange(images)), *np.percentile(gains, (2.5, 97.5)).tolist()
+    return gain(np.arange(images)), *np.nanpercentile(gains, (2.5, 97.5)).tolist()
 
 
 # ---- VOC

@@ -52,14 +52,13 @@ def find_neighbours(features: torch.Tensor, k: int = 10, threshold: float = 0.95
         top = similarity.topk(k, dim=1)
         indices.append(top.indices.cpu())
         cosines.append(top.values.cpu())
-        found = (similarity >= threshold - 1e-6).nonzero()  # by rounding, a cosine of 1 may be 0.99999994
-        found = found[found[:, 0] + start < found[:, 1]]
-        pair_cosines.append(similarity[found[:, 0], found[:, 1]].cpu())
-        found[:, 0] += start
-        pairs.append(found.cpu())
-        count += len(found)
+        # each pair once; by rounding, a cosine of 1 may be 0.99999994
+        close = (similarity >= threshold - 1e-6).triu(start + 1)
+        count += int(close.sum())
         if count > _MAX_PAIRS:
             raise InputError(f'threshold={threshold:g}: more than {_MAX_PAIRS} pairs of images are as similar')
+        pair_cosines.append(similarity[close].cpu())
+        pairs.append((close.nonzero() + torch.tensor([start, 0], device=unit.device)).cpu())
     order = torch.cat(pair_cosines).argsort(descending=True, stable=True)
     return Neighbours(
         torch.cat(indices), torch.cat(cosines), torch.cat(pairs)[order], torch.cat(pair_cosines)[order])

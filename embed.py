@@ -16,8 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.apply.embeddings import Parts, check_output, join_parts
 from timm_cgh.apply.images import find_unreadable, open_images
-from timm_cgh.arguments import (
-    Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, autocast_dtype)
+from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one
 from timm_cgh.distributed import broadcast_object, end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
@@ -76,7 +75,6 @@ def main(argv=None):
         f'{backbone.name}: {len(images.names)} images'
         f"{f', {done} of them done before' if done else ''}, on {process.device}")
 
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     model = extractor.prepare(backbone.model)
     with logging_redirect_tqdm():

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, arguments_of, at_least_one, autocast_dtype, natural, positive)
+from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
 from timm_cgh.data import image_mode
 from timm_cgh.data.decode import read_thumbnail
 from timm_cgh.distributed import end_process
@@ -47,15 +46,6 @@ group.add_argument('--pixels', action='store_true',
 group.add_argument('--save-features', metavar='DIR',
                    help='folder to write the feature matrices to (safetensors); default: none')
 group.add_argument('--queries', type=natural, default=8, metavar='N', help='rows of the retrieval plot in --output')
-
-
-def choose_ks(ks, images):
-    """The numbers of neighbours to try."""
-    if ks is None:
-        return [k for k in DEFAULT_KS if k <= images] or [images]
-    if max(ks) > images:
-        raise InputError(f'k={max(ks)}: there are only {images} training images')
-    return sorted(set(ks))
 
 
 def save_features(folder, names, **splits):
@@ -89,13 +79,13 @@ def main(argv=None):
 
     backbone = load_backbone_or_pixels(args.pixels, **arguments_of(load_backbone, args))
     data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
-    ks = choose_ks(args.k, len(data.train))
+    if args.k and max(args.k) > len(data.train):
+        raise InputError(f'k={max(args.k)}: there are only {len(data.train)} training images')
     _logger.info(
         f"{'raw pixels' if args.pixels else backbone.name}: {len(data.train)} training images of {data.num_classes} "
         f'classes, {len(data.val)} validation images, on {process.device}')
 
     began = time.monotonic()
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     model = extractor.prepare(backbone.model)
     with logging_redirect_tqdm():
@@ -103,7 +93,7 @@ def main(argv=None):
     extracted = time.monotonic()
     with checking('model', backbone.name, ValueError):  # features that are not finite
         predictions = knn_predict_distributed(
-            train.features, train.labels, val.features, process, ks, args.temperature)
+            train.features, train.labels, val.features, process, args.k or DEFAULT_KS, args.temperature)
     accuracy = {k: 100 * (predicted == val.labels).double().mean().item() for k, predicted in predictions.items()}
     best, top1 = best_knn(accuracy)
     for k, value in accuracy.items():

@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, autocast_dtype, positive)
+    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, positive)
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.eval import FeatureExtractor
@@ -162,7 +162,6 @@ def main(argv=None):
     state = find_state(args.output, args.resume, settings)
     start_epoch = 0 if state is None else state['epoch']
 
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     extractor.prepare(backbone.model).requires_grad_(False)
     val = extractor(backbone.model, data.val)  # once: the backbone is frozen

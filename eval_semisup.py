@@ -19,8 +19,7 @@ from timm.scheduler import MultiStepLRScheduler
 from torch.utils.data import Subset
 
 from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, autocast_dtype, non_negative,
-    positive)
+    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, non_negative, positive)
 from timm_cgh.data import read_labels
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
@@ -158,7 +157,6 @@ def main(argv=None):
     state = find_state(args.output, args.resume, settings)
     start_epoch = 0 if state is None else state['epoch']
 
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     images = Subset(data.train, chosen.tolist())
     images = Subset(images, extractor.find_readable(images).tolist())

@@ -20,8 +20,7 @@ from timm.scheduler import create_scheduler_v2
 from torch.utils.data import Subset
 
 from timm_cgh.arguments import (
-    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, autocast_dtype, fraction,
-    natural, positive)
+    Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, fraction, natural, positive)
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking, redact
@@ -173,7 +172,6 @@ def main(argv=None):
     if process.primary:
         write_yaml(os.path.join(args.output, 'args.yaml'), redact(vars(args)))  # predict.py decodes images as it says
 
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     images = Subset(data.train, extractor.find_readable(data.train).tolist())
     tuning = create_tuning(args, backbone, data, images, extractor)

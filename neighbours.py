@@ -4,7 +4,6 @@
     python neighbours.py --model local-dir:output/train/RUN/export --data-dir images/ --output output/neighbours
     python neighbours.py --embeddings embeddings.parquet --data-dir images/ --output output/neighbours
 """
-import csv
 import logging
 import os
 import sys
@@ -18,15 +17,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.apply.embeddings import Embeddings, read_embeddings
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours, mahalanobis_distances
-from timm_cgh.arguments import (
-    Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, autocast_dtype, fraction)
+from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, fraction
 from timm_cgh.data.decode import UNREADABLE, read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone, load_backbone_or_pixels
 from timm_cgh.eval.start import start_evaluation
-from timm_cgh.files import atomic_write, make_folder
+from timm_cgh.files import make_folder, write_csv
 from timm_cgh.plots.evaluation import save_retrieval_grid
 
 _logger = logging.getLogger('eval')
@@ -50,7 +48,6 @@ def compute(args, process):
     """Embeddings of the images, and the images."""
     backbone = load_backbone_or_pixels(args.pixels, **arguments_of(load_backbone, args))
     images = open_images(backbone.data_config, **arguments_of(open_images, args))
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     with logging_redirect_tqdm():
         found = extractor(extractor.prepare(backbone.model), images.dataset)
@@ -68,33 +65,24 @@ def read(args):
     return embeddings, open_images(config, **arguments_of(open_images, args)) if named else None
 
 
-def write_table(folder, name, header, rows):
-    """Write a CSV file."""
-    with atomic_write(os.path.join(folder, name)) as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
 def write_tables(folder, names, found, clusters, outliers, distances):
     """Write neighbours, pairs, clusters and outliers."""
-    write_table(folder, 'neighbours.csv', ['file_name', 'rank', 'neighbour', 'cosine'], (
+    write_csv(os.path.join(folder, 'neighbours.csv'), ['file_name', 'rank', 'neighbour', 'cosine'], (
         [names[index], rank, names[other], f'{cosine:.6f}']
         for index, pair in enumerate(zip(found.indices.tolist(), found.cosines.tolist()))
         for rank, (other, cosine) in enumerate(zip(*pair), start=1)))
-    write_table(folder, 'duplicates.csv', ['file_name_1', 'file_name_2', 'cosine'], (
+    write_csv(os.path.join(folder, 'duplicates.csv'), ['file_name_1', 'file_name_2', 'cosine'], (
         [names[first], names[second], f'{cosine:.6f}']
         for (first, second), cosine in zip(found.pairs.tolist(), found.pair_cosines.tolist())))
-    write_table(folder, 'clusters.csv', ['cluster', 'file_name'], (
+    write_csv(os.path.join(folder, 'clusters.csv'), ['cluster', 'file_name'], (
         [number, names[index]] for number, cluster in enumerate(clusters, start=1) for index in cluster))
-    write_table(folder, 'outliers.csv', ['file_name', 'distance'], (
+    write_csv(os.path.join(folder, 'outliers.csv'), ['file_name', 'distance'], (
         [names[index], f'{distance:.6g}'] for index, distance in zip(outliers, distances)))
 
 
 def save_grid(args, images, embeddings, rows, name, titles):
     """Plot images and others similar to them; `rows` are lists of indices, the first of each is compared with."""
     places = {name: index for index, name in enumerate(images.names)}
-    unit = torch.nn.functional.normalize(embeddings.features, dim=1)
     cells = []
     for row in rows:
         cells.append([])
@@ -107,8 +95,9 @@ def save_grid(args, images, embeddings, rows, name, titles):
             except UNREADABLE:
                 continue
             label = os.path.basename(image_name)
-            cosine = f'{unit[row[0]] @ unit[index]:.3f}\n' if index != row[0] else ''
-            cells[-1].append((image, cosine + label, None))
+            if index != row[0]:
+                label = f'{torch.cosine_similarity(*embeddings.features[[row[0], index]], dim=0):.3f}\n{label}'
+            cells[-1].append((image, label, None))
     cells = [row for row in cells if row]
     if cells:
         save_retrieval_grid(cells, os.path.join(args.output, name), titles=titles)

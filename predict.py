@@ -5,7 +5,6 @@
     python predict.py --model resnet50.a1_in1k --data-dir photo.jpg --output predictions.json --top 3
 """
 import logging
-import os
 import sys
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -13,12 +12,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.predictions import ENDINGS, TopClasses, load_classifier, write_predictions
 from timm_cgh.arguments import (
-    Parser, add_config_argument, add_image_arguments, add_run_arguments, arguments_of, at_least_one, autocast_dtype)
+    Parser, add_config_argument, add_image_arguments, add_run_arguments, arguments_of, at_least_one)
 from timm_cgh.distributed import end_process
-from timm_cgh.errors import InputError
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.start import start_evaluation
-from timm_cgh.files import make_folder
+from timm_cgh.files import check_file
 
 _logger = logging.getLogger('eval')
 
@@ -39,24 +37,16 @@ group.add_argument('--top', type=at_least_one, default=5, metavar='N',
                    help='most probable classes to write, all where there are fewer')
 
 
-def check_output(output):
-    """Check that the file can be written."""
-    if os.path.splitext(output)[1] not in ENDINGS:
-        raise InputError(f"output={output}: must end in {', '.join(ENDINGS)}")
-    make_folder(os.path.dirname(output) or '.', 'output', output)
-
-
 def main(argv=None):
     args = parser.parse(argv)
     process = start_evaluation(args.device, args.seed)
-    check_output(args.output)
+    check_file(args.output, 'output', ENDINGS)
 
     classifier = load_classifier(args.model, args.img_size)
     images = open_images(classifier.data_config, **arguments_of(open_images, args))
     _logger.info(
         f'{args.model}: {len(images.names)} images, {len(classifier.names)} classes, on {process.device}')
 
-    args.amp_dtype = autocast_dtype(args)
     extractor = FeatureExtractor(classifier.data_config, process, **arguments_of(FeatureExtractor, args))
     model = extractor.prepare(TopClasses(classifier.model, min(args.top, len(classifier.names))))
     with logging_redirect_tqdm():

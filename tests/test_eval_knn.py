@@ -75,11 +75,6 @@ def test_raw_pixels_are_evaluated_with_the_same_protocol(encoder, capsys):
     assert (results['weights'], results['num_features']) == ('pixels', 256)
 
 
-@pytest.mark.parametrize('images, ks', [(150, [10, 20, 100]), (7, [7]), (200, [10, 20, 100, 200])])
-def test_default_k_are_at_most_the_number_of_training_images(images, ks):
-    assert script.choose_ks(None, images) == ks
-
-
 @pytest.mark.parametrize('args, named', [
     (['--k', '10', '5000'], '--k 5000: there are only 1433 training images'),
     (['--k', '0'], '--k: must be a whole number of at least 1'),

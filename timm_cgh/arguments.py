@@ -50,14 +50,15 @@ deviation = _number(float, 1e-6, 1, 'a number above 0 (pixels are in [0, 1])')
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]:
-    """The options that a function takes as keyword arguments of the same names.
+    """The options that a function takes as keyword arguments of the same names; `amp_dtype` see `autocast_dtype`.
 
     Args:
         function: a function, or a class for its constructor
         args: parsed options
     """
     names = inspect.signature(function).parameters
-    return {name: value for name, value in vars(args).items() if name in names}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    return {**options, 'amp_dtype': autocast_dtype(args)} if 'amp_dtype' in options else options
 
 
 def autocast_dtype(args: argparse.Namespace) -> Optional[torch.dtype]:

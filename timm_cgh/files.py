@@ -5,15 +5,15 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Sequence, Union
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Union
 
 import yaml
 
 from .errors import InputError
 
 __all__ = [
-    'Summary', 'atomic_path', 'atomic_write', 'epochs_done', 'make_folder', 'read_json', 'read_resolved', 'read_rows',
-    'read_yaml', 'sync', 'write_yaml']
+    'Summary', 'atomic_path', 'atomic_write', 'check_file', 'epochs_done', 'make_folder', 'read_json', 'read_resolved',
+    'read_rows', 'read_yaml', 'sync', 'write_csv', 'write_yaml']
 
 
 @contextmanager
@@ -90,6 +90,17 @@ def make_folder(folder: str, parameter: str, value: str) -> None:
         raise InputError(f'{parameter}={value}: cannot write to {folder} ({error.strerror})') from error
 
 
+def check_file(path: str, parameter: str, endings: Iterable[str]) -> None:
+    """Check before the work that a file can be written after it; its folder is made.
+
+    Raises:
+        InputError: another ending, or a folder that cannot be made or written to
+    """
+    if not path.endswith(tuple(endings)):
+        raise InputError(f"{parameter}={path}: must end in {' or '.join(endings)}")
+    make_folder(os.path.dirname(path) or '.', parameter, path)
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses aliases, with which a few lines can stand for gigabytes."""
 
@@ -156,6 +167,18 @@ def read_json(path: Union[str, Path]) -> Dict[str, Any]:
     return _read_mapping(path, json.loads)
 
 
+def write_csv(path: Union[str, Path], header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table to a CSV file.
+
+    Raises:
+        OSError: the file cannot be written
+    """
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
 def read_rows(path: Union[str, Path], unit: str = 'epoch') -> List[Dict[str, str]]:
     """Rows of a `summary.csv`, values as text; none where there is no such file.
 
@@ -215,7 +238,4 @@ class Summary:
         """Append a row and write the file."""
         self.rows.append(row)
         names = list(dict.fromkeys(name for r in self.rows for name in r))
-        with atomic_write(self.path) as file:
-            writer = csv.DictWriter(file, fieldnames=names, restval='', lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path, names, ([r.get(name, '') for name in names] for r in self.rows))

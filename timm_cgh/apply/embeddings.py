@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_path, atomic_write, make_folder
+from timm_cgh.files import atomic_path, atomic_write, check_file, make_folder
 
 from .images import write_unreadable
 
@@ -186,10 +186,8 @@ def check_output(output: str, overwrite: bool = False) -> None:
     Raises:
         InputError: an unknown ending, a missing package, no folder to write to, or the file of a finished run
     """
-    if Path(output).suffix not in _WRITERS:
-        raise InputError(f"output={output}: must end in {', '.join(_WRITERS)}")
+    check_file(output, 'output', _WRITERS)
     _need_pyarrow('output', output)
-    make_folder(os.path.dirname(output) or '.', 'output', output)
     if os.path.exists(output) and not overwrite and not os.path.exists(f'{output}.parts'):
         raise InputError(f'output={output}: exists; `overwrite` replaces it')
 
@@ -250,7 +248,7 @@ def _read_safetensors(path: Path) -> Embeddings:
     return Embeddings(names, load_file(path)['features'])
 
 
-def read_embeddings(path: str, parameter: str = 'embeddings') -> Embeddings:
+def read_embeddings(path: str) -> Embeddings:
     """Embeddings from a file that `join_parts` has written.
 
     Raises:
@@ -259,9 +257,9 @@ def read_embeddings(path: str, parameter: str = 'embeddings') -> Embeddings:
     readers = {
         '.parquet': _read_parquet, '.csv': _read_csv, '.npy': _read_npy, '.safetensors': _read_safetensors}
     if Path(path).suffix not in readers:
-        raise InputError(f"{parameter}={path}: must end in {', '.join(readers)}")
-    _need_pyarrow(parameter, path)
-    with checking(parameter, path, OSError, KeyError, SafetensorError, TypeError, ValueError):
+        raise InputError(f"embeddings={path}: must end in {', '.join(readers)}")
+    _need_pyarrow('embeddings', path)
+    with checking('embeddings', path, OSError, KeyError, SafetensorError, TypeError, ValueError):
         embeddings = readers[Path(path).suffix](Path(path))
         if embeddings.features.ndim != 2 or len(embeddings.names) != len(embeddings.features):
             raise ValueError('names and rows do not match')

@@ -1,11 +1,10 @@
 """Results of an evaluation: what was evaluated on what, printed and written as JSON or CSV."""
-import csv
 import json
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from timm_cgh.data import data_name
 from timm_cgh.errors import checking, redact
-from timm_cgh.files import atomic_write
+from timm_cgh.files import atomic_write, write_csv
 
 from .backbone import Backbone
 from .loader import eval_crop_pct
@@ -71,11 +70,10 @@ def write_results(results: Mapping[str, Any], results_file: Optional[str] = None
     print(f'--result\n{text}', flush=True)
     if not results_file:
         return
-    with checking('results_file', results_file, OSError), atomic_write(results_file) as file:
+    with checking('results_file', results_file, OSError):
         if results_file.endswith('.csv'):
             row = dict(_flatten(results))
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator='\n')
-            writer.writeheader()
-            writer.writerow(row)
+            write_csv(results_file, list(row), [list(row.values())])
         else:
-            file.write(f'{text}\n')
+            with atomic_write(results_file) as file:
+                file.write(f'{text}\n')

@@ -1,13 +1,11 @@
 """The start of an evaluation script."""
-import os
 from typing import Optional
 
 import torch
 from timm.utils import setup_default_logging
 
 from timm_cgh.distributed import Process, init_process
-from timm_cgh.errors import InputError
-from timm_cgh.files import make_folder
+from timm_cgh.files import check_file, make_folder
 
 __all__ = ['start_evaluation']
 
@@ -36,7 +34,5 @@ def start_evaluation(
     if output:
         make_folder(output, 'output', output)
     if results_file:
-        if not results_file.endswith(('.json', '.csv')):
-            raise InputError(f'results_file={results_file}: must end in .json or .csv')
-        make_folder(os.path.dirname(results_file) or '.', 'results_file', results_file)
+        check_file(results_file, 'results_file', ('.json', '.csv'))
     return process

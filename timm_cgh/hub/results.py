@@ -63,12 +63,12 @@ def read_knn_checks(
     return results
 
 
-def _check_model(results: Mapping[str, Any], architecture: str, export: Path, digest: Optional[str]) -> None:
+def _check_model(results: Mapping[str, Any], architecture: str, export: Path, digest: str) -> None:
     """Refuse results that may be another model's: they must be of weights of that digest, or the last two folders of
     its path must be those of the export, or they must be a baseline of the same architecture (random weights, raw
     pixels).
     """
-    if digest and results.get('digest') == digest:
+    if results.get('digest') == digest:
         return  # wherever the export was then
     model, weights = str(results['model']), results.get('weights', 'its own')
     source, _, folder = model.partition(':')
@@ -105,7 +105,7 @@ def _parse(results: Mapping[str, Any]) -> Result:
     )
 
 
-def read_result(path: Union[str, Path], architecture: str, export: Path, digest: Optional[str] = None) -> Result:
+def read_result(path: Union[str, Path], architecture: str, export: Path, digest: str) -> Result:
     """The result in a results file (JSON) of an evaluation script.
 
     Raises:
@@ -124,6 +124,6 @@ def read_result(path: Union[str, Path], architecture: str, export: Path, digest:
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any other shape
         raise InputError(
             f'results={path}: not what eval_knn.py, eval_linear.py or eval_semisup.py write as JSON') from error
-    if digest and result.own and results.get('digest', digest) != digest:
+    if result.own and results.get('digest', digest) != digest:
         raise InputError(f'results={path}: measured on other weights than those in {export}')
     return result

@@ -1,11 +1,10 @@
 """Methods side by side: accuracy, speed and memory of each, as tables and as a chart."""
-import csv
 import os
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
-from timm_cgh.files import atomic_write
+from timm_cgh.files import atomic_write, write_csv
 from timm_cgh.plots.style import BLUE, GREY, ORANGE, new_figure, plot, save_figure
 
 __all__ = ['Run', 'save_chart', 'save_tables', 'summarise']
@@ -67,11 +66,8 @@ def save_tables(runs: Sequence[Run], folder: Union[str, Path]) -> None:
     """Write `compare.csv` and `compare.md` (one row per method) and `runs.csv` (one row per run)."""
     rows = summarise(runs)
     for name, records in (('compare.csv', rows), ('runs.csv', [run._asdict() for run in runs])):
-        with atomic_write(os.path.join(folder, name)) as file:
-            writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(
-                {k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()} for record in records)
+        write_csv(os.path.join(folder, name), list(records[0]), (
+            [round(v, 4) if isinstance(v, float) else v for v in record.values()] for record in records))
     with atomic_write(os.path.join(folder, 'compare.md')) as file:
         file.write(_markdown(rows))
 

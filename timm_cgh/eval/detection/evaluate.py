@@ -1,5 +1,4 @@
 """Run a detector on all images of a split, and score what it finds."""
-import csv
 import json
 import os
 from typing import Any, Dict, List, Optional, Sequence
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from timm_cgh.distributed import Process, all_gather_objects
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_write
+from timm_cgh.files import atomic_write, write_csv
 
 from .annotations import Annotations, encode_mask
 from .dataset import DetectionImages, load_batches
@@ -20,7 +19,7 @@ from .metrics import Detection, Precision, coco_precision, voc07_precision
 __all__ = ['category_numbers', 'evaluate_detections', 'find_objects', 'read_detections', 'write_detections']
 
 
-def category_numbers(classes: Sequence[str], annotations: Annotations, split_parameter: str = 'val_split') -> List[Any]:
+def category_numbers(classes: Sequence[str], annotations: Annotations) -> List[Any]:
     """The category id in a split's annotations of each class; None where it has no such category.
 
     Raises:
@@ -32,7 +31,7 @@ def category_numbers(classes: Sequence[str], annotations: Annotations, split_par
     unknown = sorted(name for name, number in ids.items() if number in used and name not in classes)
     if unknown:
         some = ', '.join(unknown[:5])
-        raise InputError(f'{split_parameter}: {len(unknown)} classes without training images ({some})')
+        raise InputError(f'val_split: {len(unknown)} classes without training images ({some})')
     return [ids.get(name) for name in classes]
 
 
@@ -102,21 +101,20 @@ def evaluate_detections(
     return {kind: coco_precision(annotations.content, detections, kind) for kind in ('bbox', 'segm')[:1 + masks]}
 
 
-def read_detections(path: str, annotations: Annotations, masks: bool, parameter: str = 'baseline') -> List[Detection]:
+def read_detections(path: str, annotations: Annotations, masks: bool) -> List[Detection]:
     """Detections in a file in COCO's results format.
 
     Args:
         path: JSON file
         annotations: of the split that the detections must be of
         masks: detections must have them
-        parameter: that gives `path`, for messages
 
     Raises:
         InputError: no such file, or not one of detections on these images
     """
     keys = {'image_id', 'category_id', 'bbox', 'score', *(['segmentation'] if masks else [])}
     images = {image['id'] for image in annotations.content['images']}
-    with checking(parameter, path, OSError, TypeError, ValueError):
+    with checking('baseline', path, OSError, TypeError, ValueError):
         with open(path, encoding='utf-8') as file:
             detections = json.load(file)
         if not all(keys <= set(d) and d['image_id'] in images for d in detections):
@@ -128,9 +126,8 @@ def write_detections(output: str, detections: Sequence[Detection], precisions: D
     """Write `detections.json` in COCO's results format, and `classes.csv` with each class's AP, AP50 and AP75."""
     with atomic_write(os.path.join(output, 'detections.json')) as file:
         json.dump(list(detections), file)
-    with atomic_write(os.path.join(output, 'classes.csv')) as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['class', *(f'{kind}_{name}' for kind in precisions for name in ('AP', 'AP50', 'AP75'))])
-        for place, name in enumerate(next(iter(precisions.values())).classes):
-            columns = [p.values[place] for p in precisions.values()]
-            writer.writerow([name, *(f'{v:.4f}' for row in columns for v in (row.mean(), row[0], row[5]))])
+    header = ['class', *(f'{kind}_{name}' for kind in precisions for name in ('AP', 'AP50', 'AP75'))]
+    classes = next(iter(precisions.values())).classes
+    write_csv(os.path.join(output, 'classes.csv'), header, (
+        [name, *(f'{v:.4f}' for row in values for v in (row.mean(), row[0], row[5]))]
+        for name, *values in zip(classes, *(p.values for p in precisions.values()))))

@@ -40,11 +40,12 @@ def load_export(folder):
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
-def evaluate(script, encoder, output, *args, data=DIGITS):
+def evaluate(script, encoder, output, *args, data=DIGITS, plots=False):
     """Exit code and results of an evaluation in this process."""
     results = output.parent / f'{output.name}.json'
     code = call_script(
-        script, '--model', f'local-dir:{encoder}', *data, '--output', output, '--results-file', results, *args)
+        script, '--model', f'local-dir:{encoder}', *data, '--output', output, '--results-file', results, *args,
+        plots=plots)
     return code, json.loads(results.read_text()) if results.exists() else None
 
 

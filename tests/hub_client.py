@@ -5,6 +5,7 @@ import io
 import logging
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from unittest import mock
@@ -47,7 +48,8 @@ def token(call, value):
 
 
 def run(script, *args):
-    """Exit code and output of a root script, run in this process as `main` is."""
+    """Exit code and output of a root script, run in this process as `main` is; without plots, as of `run_script`."""
+    sys.modules['matplotlib.figure'] = None
     with io.StringIO() as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             module = importlib.import_module(script)

@@ -1,9 +1,16 @@
-"""Folders of runs as train.py leaves them, for the tests of what reads them; the order of disk calls."""
+"""Folders of runs as train.py leaves them, for the tests of what reads them; tables; the order of disk calls."""
+import csv
 import os
 
 import yaml
 
 from timm_cgh.files import Summary
+
+
+def read_table(path):
+    """Rows of a CSV file, values as text."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
 
 
 def write_run(folder, rows, **args):

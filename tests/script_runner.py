@@ -12,6 +12,8 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
+import pytest
+
 from conftest import REPOSITORY
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
@@ -33,10 +35,13 @@ def _main(script, args, cwd, out, err, plots, env):
     runpy.run_path(script, run_name='__main__')
 
 
-def call_script(name, *args):
-    """Exit code of a script (its name without .py) that runs in this process."""
+def call_script(name, *args, plots=False):
+    """Exit code of a script (its name without .py) that runs in this process; for `plots` see `run_script`."""
     script = importlib.import_module(name)
-    return script.parser.run(script.main, [str(arg) for arg in args])
+    with pytest.MonkeyPatch.context() as patch:
+        if not plots:
+            patch.setitem(sys.modules, 'matplotlib.figure', None)
+        return script.parser.run(script.main, [str(arg) for arg in args])
 
 
 def run_script(name, *args, cwd=REPOSITORY, timeout=1200, plots=False, processes=1):
@@ -46,7 +51,7 @@ def run_script(name, *args, cwd=REPOSITORY, timeout=1200, plots=False, processes
     yet. Not for what depends on the start of Python itself: the environment, signals, what is done at exit. The limit
     is far above what a run takes, for the sake of busy machines. Without `plots` it does as where matplotlib is not
     installed: drawing is three quarters of a tiny run. Several `processes` get the variables that torchrun sets, and
-    end when one of them fails.
+    end when one of them fails; `cwd` may be a list, a folder for each.
     """
     args = [str(arg) for arg in args]
     with mock.patch.dict(os.environ, ENV):
@@ -54,8 +59,8 @@ def run_script(name, *args, cwd=REPOSITORY, timeout=1200, plots=False, processes
     with tempfile.TemporaryDirectory() as folder:
         out, err = (os.path.join(folder, stream) for stream in ('out', 'err'))
         running = [
-            _context.Process(target=_main, args=(str(REPOSITORY / name), args, str(cwd), out, err, plots, env))
-            for env in _torchrun_variables(processes)]
+            _context.Process(target=_main, args=(str(REPOSITORY / name), args, str(place), out, err, plots, env))
+            for place, env in zip(cwd if isinstance(cwd, list) else [cwd] * processes, _torchrun_variables(processes))]
         for process in running:
             process.start()
         end, codes = time.monotonic() + timeout, [None]

@@ -38,7 +38,7 @@ def test_data_path_is_compared_with_the_official_recipe(tmp_path, tar):
         'floor: full decode alone']
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_training_is_compared_with_its_step_and_its_loader(tmp_path, tar, workers):
     done = benchmark('e2e', '--data-dir', tar, '--img-size', 32, '--batch-size', 4, '--workers', workers,
                      '--turns', 2, '--repeats', 1, '--model', 'test_resnet', '--bank-size', 16, '--device', 'cpu',

@@ -1,5 +1,4 @@
 """compare.py: methods side by side."""
-import csv
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ import yaml
 import compare as script
 import train
 from input_errors import check_refused
+from run_folders import read_table as table
 from script_runner import run_script
 from timm_cgh.plots import Run, save_chart, save_tables, summarise
 from timm_cgh.train.settings import check_method
@@ -24,11 +24,6 @@ DIGITS = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--
 
 def compare(*args):
     return run_script('compare.py', *args, timeout=3600)  # up to five scripts, each of which imports torch anew
-
-
-def table(path):
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 def test_means_and_deviations_are_taken_over_the_seeds_of_a_method():

@@ -103,14 +103,14 @@ def test_detectron2s_resnet_gives_the_same_features(run, name, depth, groups, tm
 def test_onnxruntime_gives_the_same_features(run, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='no onnxruntime (pip install onnxruntime onnxscript)')
     pytest.importorskip('onnxscript', reason='torch exports to ONNX with onnxscript')
-    folder, images, features = run('resnet18')
+    folder, images, features = run('test_resnet')
     assert convert(folder, '--to', 'onnx', '-o', tmp_path / 'model.onnx') == 0
     session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
     for batch, wanted in ((images, features), (images[:1], features[:1])):
         found, = session.run(None, {'images': batch.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
     config = json.loads(session.get_modelmeta().custom_metadata_map['input_config'])
-    assert config['architecture'] == 'resnet18' and config['input_size'] == [3, 64, 64]
+    assert config['architecture'] == 'test_resnet' and config['input_size'] == [3, 64, 64]
     assert config['mean'] == [0.1, 0.2, 0.3] and config['tag'] == 'cgh_test'
 
 

@@ -1,5 +1,4 @@
 """eval_detection.py by its command line."""
-import csv
 import json
 import re
 import sys
@@ -15,9 +14,11 @@ from conftest import REPOSITORY
 from detection_data import coco_content, make_image, make_masks, make_voc, voc_object, write_coco, write_voc
 from evaluations import stop_after_saving
 from input_errors import check_refused
+from run_folders import read_table
 from script_runner import call_script, run_two_processes
 from timm_cgh.eval import detection
 from timm_cgh.eval.detection import load_detector
+from training import read_summary
 
 MODEL = ['--model', 'test_resnet', '--no-pretrained', '--workers', '0', '--device', 'cpu']
 TINY = [
@@ -38,11 +39,6 @@ def detect(output, *args):
     results = output.parent / f'{output.name}.json'
     code = call_script('eval_detection', *MODEL, *TINY, '--output', output, '--results-file', results, *args)
     return code, json.loads(results.read_text())
-
-
-def read_summary(output):
-    with open(output / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
 
 
 def figures(results):
@@ -68,8 +64,7 @@ def test_run_leaves_its_files(trained):
     assert [row['iteration'] for row in rows] == ['1', '3'] and all(row['eval_AP'] for row in rows)
     assert float(rows[1]['eval_AP50']) == results['AP50']
     assert {'lr', 'train_loss', 'train_loss_mask', 'train_loss_rpn_box_reg'} <= set(rows[0])
-    with open(output / 'classes.csv', newline='') as file:
-        classes = list(csv.DictReader(file))
+    classes = read_table(output / 'classes.csv')
     assert [row['class'] for row in classes] == ['object']
     assert float(classes[0]['bbox_AP50']) == pytest.approx(results['AP50'], abs=1e-3) and 'segm_AP75' in classes[0]
     detections = json.loads((output / 'detections.json').read_text())

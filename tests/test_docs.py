@@ -172,7 +172,7 @@ def folder(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     for name in ('my', 'other', 'RUN'):
-        assert call_script('train', *QUICK['train'], '--data-dir', 'photos', '--experiment', name) == 0
+        assert call_script('train', *QUICK['train'], '--data-dir', 'photos', '--experiment', name, plots=True) == 0
     args = ['--model', 'local-dir:output/train/my/export', '--data-dir', 'labelled', '--results-file', 'knn.json']
     assert call_script('eval_knn', *args, *QUICK['eval_knn']) == 0
     patch.undo()
@@ -204,7 +204,7 @@ def test_commands_run(block, folder, done, monkeypatch):
             continue
         done.append(words)
         name, args = found
-        assert call_script(name, *quicken(name, args)) == 0, words
+        assert call_script(name, *quicken(name, args), plots=True) == 0, words
 
 
 @pytest.mark.slow

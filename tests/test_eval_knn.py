@@ -27,7 +27,7 @@ def evaluated(encoder, tmp_path_factory):
     """Folder and results of a run with everything that it can write."""
     output = tmp_path_factory.mktemp('knn') / 'run'
     code, results = evaluate(
-        'eval_knn', encoder, output, '--batch-size', '64', '--save-features', output / 'features')
+        'eval_knn', encoder, output, '--batch-size', '64', '--save-features', output / 'features', plots=True)
     assert code == 0
     return output, results
 

@@ -1,5 +1,4 @@
 """Semi-supervised fine-tuning: its parts, and eval_semisup.py by its command line."""
-import csv
 import itertools
 import shutil
 
@@ -18,11 +17,12 @@ from script_runner import run_two_processes
 from timm_cgh.data import Digits, open_dataset
 from timm_cgh.errors import InputError
 from timm_cgh.eval.semisup import balanced_subset, listed_subset, param_groups
+from training import read_summary
 
 
-def semisup(encoder, output, *args, data=DIGITS):
+def semisup(encoder, output, *args, **options):
     """Exit code and results of a run in this process."""
-    return evaluate('eval_semisup', encoder, output, '--batch-size', '64', *args, data=data)
+    return evaluate('eval_semisup', encoder, output, '--batch-size', '64', *args, **options)
 
 
 def read_classifier(output):
@@ -125,7 +125,8 @@ def tuned(encoder, tmp_path_factory):
     """Folder and results of a run."""
     output = tmp_path_factory.mktemp('semisup') / 'tuned'
     code, results = semisup(
-        encoder, output, '--percent', '50', '--lr', '0.3', '--epochs', '8', '--val-interval', '4')
+        encoder, output, '--percent', '50', '--lr', '0.3', '--epochs', '8', '--val-interval', '4',
+        plots=True)
     assert code == 0
     return output, results
 
@@ -134,8 +135,7 @@ def test_a_run_learns_from_the_labelled_share(tuned):
     output, results = tuned
     assert results['train_images'] == 716 and results['percent'] == pytest.approx(50, abs=0.1)
     assert results['top1'] > 30
-    with open(output / 'summary.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_summary(output)
     assert [int(r['epoch']) for r in rows] == list(range(8))
     assert [bool(r['eval_top1']) for r in rows] == [i in (3, 7) for i in range(8)]
     for name in ('confusion.png', 'classes.png'):
@@ -160,12 +160,13 @@ def test_backbone_learns_at_its_own_rate(encoder, tmp_path):
 
 
 def test_resumed_run_equals_an_uninterrupted_one(encoder, tmp_path, monkeypatch):
-    args = ['--percent', '10', '--epochs', '2', '--lr', '0.01', '--val-interval', '1']
-    semisup(encoder, tmp_path / 'whole', *args)
+    data = write_damaged(tmp_path / 'images')
+    args = ['--percent', '100', '--epochs', '2', '--lr', '0.01', '--val-interval', '1', '-b', '4']
+    semisup(encoder, tmp_path / 'whole', *args, data=data)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after_saving(patch)
-        semisup(encoder, tmp_path / 'broken', *args)
-    code, _ = semisup(encoder, tmp_path / 'broken', *args, '--resume', 'auto')
+        semisup(encoder, tmp_path / 'broken', *args, data=data)
+    code, _ = semisup(encoder, tmp_path / 'broken', *args, '--resume', 'auto', data=data)
     assert code == 0
     whole, resumed = read_classifier(tmp_path / 'whole'), read_classifier(tmp_path / 'broken')
     for name, value in whole.items():

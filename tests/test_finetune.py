@@ -32,10 +32,10 @@ def photos(tmp_path_factory):
     return folder
 
 
-def finetune(output, *args):
+def finetune(output, *args, plots=False):
     """Exit code and results of a run in this process."""
     results = output.parent / f'{output.name}.json'
-    code = call_script('finetune', *TINY, '--output', output, '--results-file', results, *args)
+    code = call_script('finetune', *TINY, '--output', output, '--results-file', results, *args, plots=plots)
     return code, json.loads(results.read_text()) if results.exists() else None
 
 
@@ -84,7 +84,7 @@ def test_rates_fall_from_the_classifier_to_the_first_layer(photos):
 def tuned(photos, tmp_path_factory):
     """Folder and results of a run."""
     output = tmp_path_factory.mktemp('finetune') / 'tuned'
-    code, results = finetune(output, '--data-dir', photos, '--epochs', '6', '--lr', '0.01')
+    code, results = finetune(output, '--data-dir', photos, '--epochs', '6', '--lr', '0.01', plots=True)
     assert code == 0
     return output, results
 

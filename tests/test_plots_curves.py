@@ -45,14 +45,13 @@ def test_curves_are_a_png_of_readable_size(tmp_path):
     assert os.listdir(tmp_path) == ['curves.png']
 
 
-def test_every_panel_shows_its_columns(tmp_path):
+def test_every_panel_shows_its_columns(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    drawn, draw = [], Axes.plot
+    monkeypatch.setattr(Axes, 'plot', lambda axes, x, y, **style: drawn.append(y) or draw(axes, x, y, **style))
     save_curves(run(6), tmp_path / 'all.png')
-    whole = imread(tmp_path / 'all.png')
-    for column in ('train_loss_nce', 'lr', 'eval_knn', 'train_entropy_hyper', 'train_std_global'):
-        rows = [{k: v for k, v in row.items() if k != column} for row in run(6)]
-        save_curves(rows, tmp_path / 'less.png')
-        less = imread(tmp_path / 'less.png')
-        assert less.shape != whole.shape or (less != whole).any(), column
+    for column in run(6)[0].keys() - {'epoch'}:
+        assert [row[column] for row in run(6) if column in row] in drawn, column
 
 
 @pytest.mark.parametrize('columns', [('lr',), ('lr', 'train_loss'), ('lr', 'train_loss', 'eval_knn')])
@@ -68,7 +67,7 @@ def test_the_lowest_panel_of_each_column_has_the_axis_of_the_epochs(tmp_path, mo
         assert bool(axes.get_xlabel()) == axes.xaxis.get_tick_params()['labelbottom'] == lowest
 
 
-def test_rows_read_back_from_csv_give_the_same_imread(tmp_path):
+def test_rows_read_back_from_csv_give_the_same_picture(tmp_path):
     columns = {name for row in run(6) for name in row}
     text = [{name: str(row.get(name, '')) for name in columns} for row in run(6)]
     save_curves(run(6), tmp_path / 'numbers.png')
@@ -83,7 +82,7 @@ def test_rows_read_back_from_csv_give_the_same_imread(tmp_path):
     [{'epoch': 0, 'train_loss': float('nan'), 'eval_knn': None, 'lr': ''}, {'epoch': 1, 'train_loss': float('inf')}],
     [{'epoch': 5, 'train_loss_gg': 1.0}, {'epoch': 7, 'train_loss_gg': 2.0}],
 ))
-def test_runs_with_little_to_show_still_give_a_imread(rows, tmp_path):
+def test_runs_with_little_to_show_still_give_a_picture(rows, tmp_path):
     assert save_curves(rows, tmp_path / 'curves.png')
     assert imread(tmp_path / 'curves.png').size
 

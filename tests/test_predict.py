@@ -1,5 +1,4 @@
 """predict.py: the most probable classes of new images, by name."""
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import predict as script
 from data_files import picture
 from evaluations import CONFIG, CPU, load_export
 from input_errors import check_refused
+from run_folders import read_table
 from script_runner import call_script, run_two_processes
 from timm_cgh.apply.predictions import load_classifier
 from timm_cgh.data import open_dataset
@@ -68,8 +68,7 @@ def check(predictions, probabilities, count):
 
 def test_csv_has_a_row_per_readable_image_with_its_classes_by_name(classifier, photos, expected, tmp_path):
     predict(classifier, photos, tmp_path / 'out.csv', '--top', '2')
-    with open(tmp_path / 'out.csv', newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / 'out.csv')
     assert list(rows[0]) == ['file_name', 'class_1', 'probability_1', 'class_2', 'probability_2']
     assert [row['file_name'] for row in rows] == list(expected)
     assert len({row['class_1'] for row in rows}) > 1

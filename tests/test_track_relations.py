@@ -1,6 +1,5 @@
 """Labels in the banks and `train.py --track-relations`."""
 import copy
-import csv
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import train as script
 from data_files import write_images
 from input_errors import check_refused
 from naive_relations import naive
+from run_folders import read_table
 from script_runner import run_script
 from timm_cgh import MemoryBank, create_task
 from timm_cgh.task.positives import RelationTracker, Selection
@@ -84,10 +84,6 @@ def test_tracking_does_not_change_training_and_costs_nothing_when_off():
         task(views)
 
 
-def train(*args):
-    return run_script('train.py', *args)
-
-
 TINY = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in-chans', 1, '--hflip', 0,
         '--batch-size', 128, '--hidden-dim', 32, '--embed-dim', 16, '--epochs', 3, '--workers', 0, '--knn-interval', 0,
         '--log-interval', 4]
@@ -97,10 +93,10 @@ TINY = ['--dataset', 'digits', '--model', 'test_resnet', '--img-size', 16, '--in
 def test_two_runs_on_digits_give_the_comparison(tmp_path):
     pytest.importorskip('matplotlib', reason='drawn by matplotlib')
     for name, options in (('cgh', ()), ('ressl', ('--context', 'global'))):
-        done = train(*TINY, '--output', tmp_path, '--experiment', name, '--track-relations', *options)
+        args = ['--output', tmp_path, '--experiment', name, '--track-relations', *options]
+        done = run_script('train.py', *TINY, *args, plots=True)
         assert done.returncode == 0, done.stderr
-        with open(tmp_path / name / 'summary.csv', newline='') as file:
-            rows = list(csv.DictReader(file))
+        rows = read_table(tmp_path / name / 'summary.csv')
         columns = {key for key in rows[0] if 'recall' in key or 'precision' in key}
         contexts = ('global',) if options else ('global', 'hyper')
         assert columns == {f'train_{kind}_{context}' for kind in ('recall', 'precision') for context in contexts}
@@ -109,7 +105,7 @@ def test_two_runs_on_digits_give_the_comparison(tmp_path):
         assert (tmp_path / name / 'relations.png').exists()
         assert yaml.safe_load((tmp_path / name / 'args.yaml').read_text())['track_relations'] == '10/K'
     out = tmp_path / 'fig2.png'
-    done = run_script('plot.py', 'relations', tmp_path / 'cgh', tmp_path / 'ressl', '--out', out)
+    done = run_script('plot.py', 'relations', tmp_path / 'cgh', tmp_path / 'ressl', '--out', out, plots=True)
     assert done.returncode == 0 and out.exists(), done.stderr
 
 

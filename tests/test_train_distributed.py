@@ -1,19 +1,17 @@
 """train.py in several processes."""
 import re
-import shlex
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import REPOSITORY
-from script_runner import ENV
+from script_runner import ENV, run_script
 from timm_cgh.train.checkpoint import read_checkpoint
 from timm_cgh.train.meter import Meter
 from timm_cgh.train.run import Run, Step
-from training import TINY, check_ok, command, read_summary, torchrun, train
+from training import TINY, check_ok, read_summary, torchrun, train
 
 
 def test_two_processes_train_by_torchrun(tmp_path, images):
@@ -47,13 +45,10 @@ def test_processes_that_find_different_checkpoints_are_refused(tmp_path, images)
     """Nodes whose --output is on separate disks."""
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
-    args = [*map(str, [*TINY, '--data-dir', images, '--knn-interval', 0, '--output', 'out', '--experiment', 'run'])]
+    args = [*TINY, '--data-dir', images, '--knn-interval', 0, '--output', 'out', '--experiment', 'run']
     check_ok(train(*args, '--epochs', 1, cwd=tmp_path / '0'))
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--no-python',
-              'bash', '-c']
-    script = shlex.join(command(*args, '--epochs', 2, '--resume', 'auto'))
-    done = subprocess.run([*launch, f'cd "$LOCAL_RANK" && exec {script}'], env=ENV, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=240)
+    done = run_script('train.py', *args, '--epochs', 2, '--resume', 'auto', cwd=[tmp_path / '0', tmp_path / '1'],
+                      processes=2)
     assert done.returncode != 0 and 'rank 0 finds epoch 1, batch 0, rank 1 no checkpoint' in done.stderr
     assert len(read_summary(tmp_path / '0' / 'out' / 'run')) == 1
 

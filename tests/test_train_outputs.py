@@ -17,18 +17,13 @@ from training import TINY, check_refused, make_images, read_summary
 
 
 @pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('data') / 'images')
-
-
-@pytest.fixture(scope='module')
 def loose(tmp_path_factory):
     """Images without labels."""
     return make_images(tmp_path_factory.mktemp('loose') / 'images', classes=())
 
 
-def train(*args):
-    return call_script('train', *TINY, *args)
+def train(*args, plots=False):
+    return call_script('train', *TINY, *args, plots=plots)
 
 
 def test_a_run_describes_itself(images, tmp_path):
@@ -55,7 +50,7 @@ def test_a_run_describes_itself(images, tmp_path):
 
 
 def test_an_unlabelled_run_ends_with_its_nearest_neighbours(loose, tmp_path):
-    assert train('--data-dir', loose, '--output', tmp_path, '--experiment', 'run', '--epochs', 1) == 0
+    assert train('--data-dir', loose, '--output', tmp_path, '--experiment', 'run', '--epochs', 1, plots=True) == 0
     report = (tmp_path / 'run' / 'report.html').read_text()
     assert (tmp_path / 'run' / 'neighbours.png').exists() and 'Nearest neighbours' in report and 'kNN' not in report
     row, = read_summary(tmp_path / 'run')

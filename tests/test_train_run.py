@@ -101,12 +101,12 @@ def test_two_epochs_on_cifar10_through_hfds(tmp_path, shared_data):
     ['--context', 'global', '--opt', 'adamw', '--opt-betas', '0.9', '0.95', '--no-decay-norm-bias'],
     ['--features-only', '--out-indices', '1', '3', '--drop-path', '0.1'],
     ['--features-only', '--model', 'test_vit', '--img-size', '32'],
-    # 64 px: torch's bfloat16 convolution on a CPU reads memory that it has not written where a map has one position
+    # 40 px: torch's bfloat16 convolution on a CPU reads memory that it has not written where a map has one position
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--clip-grad', '1', '--grad-accum-steps', '2', '--img-size',
-     '64'],
+     '40'],
     ['--torchcompile', 'eager', '--out-indices', '-4', '-3', '-2', '-1'],
     ['--grad-checkpointing', '--weak-scale', '0.5', '1', '--train-interpolation', 'bicubic'],
-    ['--amp', '--img-size', '64'],
+    ['--amp', '--img-size', '40'],
 ])
 def test_options_run(tmp_path, images, options):
     check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', 'run', *options))
@@ -138,18 +138,6 @@ def test_poly_falls_in_a_line_unless_told_otherwise(tmp_path, images):
     assert lr == pytest.approx([0.0225, 0.015, 0.0075, 0], abs=1e-6)
 
 
-def test_number_of_workers_changes_no_loss(tmp_path, images):
-    rows = []
-    for workers in (0, 2):
-        check_ok(train(*TINY, '--data-dir', images, '--epochs', 2, '--output', tmp_path, '--experiment', workers,
-                       '--workers', workers, '--knn-interval', 0))
-        rows.append(read_summary(tmp_path / str(workers)))
-    for row in [*rows[0], *rows[1]]:
-        for measured in ('train_images_per_s', 'train_data_wait', 'train_peak_memory_mib'):
-            row.pop(measured)
-    assert rows[0] == rows[1] and len({row['train_loss'] for row in rows[0]}) == 2
-
-
 def test_start_from_weights(tmp_path, images):
     state = timm.create_model('test_resnet', num_classes=5).state_dict()
     torch.save(state, tmp_path / 'w.pth')
@@ -176,8 +164,8 @@ def test_unreadable_images_are_named_in_part(caplog):
 def test_a_corrupt_image_is_named_counted_and_skipped(tmp_path):
     folder = make_images(tmp_path / 'images')
     (folder / 'cat' / '000.jpg').write_bytes((folder / 'cat' / '002.jpg').read_bytes()[:200])
-    text = check_ok(train(*TINY, '--data-dir', folder, '--epochs', 2, '--knn-interval', 0, '--workers', 1,
-                          '--output', tmp_path, '--experiment', 'run'))
+    text = check_ok(train(*TINY, '--data-dir', folder, '--epochs', 2, '--knn-interval', 0, '--output', tmp_path,
+                          '--experiment', 'run'))
     assert len(re.findall(r'Unreadable image skipped: \S+cat/000\.jpg', text)) == 1 and '1 unreadable' in text
 
 

@@ -43,7 +43,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on(tmp_path, signum):
     check_equal_checkpoints(tmp_path / 'whole', tmp_path / 'run')
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('signum', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_before_training_ends_in_one_line(tmp_path, signum):
     process = subprocess.Popen(
         command(*TINY, '--dataset', 'digits', '--in-chans', 1, '--epochs', 4, '--output', tmp_path), env=ENV,

@@ -1,5 +1,4 @@
 """The wheel, installed in a folder of its own, without the repository."""
-import csv
 import io
 import json
 import os
@@ -19,6 +18,7 @@ import conftest
 from conftest import REPOSITORY
 from data_files import encode, picture
 from hub_server import WRITER, HubServer
+from run_folders import read_table as read_rows
 from training import TINY, make_images
 
 
@@ -102,11 +102,6 @@ def images(tmp_path):
     new = {f'{i}.jpg': data for i, data in enumerate(photographs(range(40, 48)))}
     write_files(tmp_path / 'new', {**new, 'broken.jpg': b'no image'})
     return tmp_path
-
-
-def read_rows(path):
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 def first_columns(path):

@@ -1,15 +1,14 @@
 """Runs of train.py on tiny networks and images: what the tests of training share."""
-import csv
-import re
 import sys
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
+import input_errors
 import train as script
 from conftest import REPOSITORY
+from run_folders import read_table
 from script_runner import run_script
 from timm_cgh.train.checkpoint import read_checkpoint
 
@@ -39,16 +38,8 @@ def check_ok(done):
 
 
 def check_refused(capsys, args, *named):
-    """In this process: one line that holds all of `named`, and exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        script.parser.run(script.main, [str(a) for a in args])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2, message
-    last = message.strip().splitlines()[-1]
-    assert re.match(r'\S+: error: ', last), message
-    for name in named:
-        assert name in last, last
+    """See `input_errors.check_refused`."""
+    input_errors.check_refused(capsys, script, args, *named)
 
 
 def make_images(folder, count=24, size=20, classes=('cat', 'dog')):
@@ -65,8 +56,7 @@ def make_images(folder, count=24, size=20, classes=('cat', 'dog')):
 
 def read_summary(folder):
     """Rows of a run's summary.csv, values as text."""
-    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+    return read_table(folder / 'summary.csv')
 
 
 def check_equal_checkpoints(first, second):

@@ -40,7 +40,6 @@ from timm_cgh.train.boards import check_packages
 from timm_cgh.train.build import (
     build_backbone, build_optimizer, build_scheduler, build_task, build_tracker, check_views)
 from timm_cgh.train.monitor import KnnMonitor, QualityMonitor
-from timm_cgh.train.outputs import describe_run
 from timm_cgh.train.resume import claim_folder, find_run
 from timm_cgh.train.run import Run
 from timm_cgh.train.settings import HYPER_NORMS, choose_views, settle, task_options
@@ -422,9 +421,11 @@ def pretrain(args):
         del point  # its tensors would stay mapped to the end
         if process.distributed:
             task.prepare_distributed(device_ids=[process.device] if process.device.type == 'cuda' else None)
+        millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
+        method = f'{args.context} context' if args.method == 'cgh' else args.method
         _logger.info(
-            f'{describe_run(task, args.model, args.method, args.context)}, {num_images(dataset)} images of {size} '
-            f'px, {len(loader)} batches of {args.batch_size} x {process.world_size} an epoch, lr {args.lr:g}, bank '
+            f'{args.model} ({millions:.2f} M parameters), {method}, {num_images(dataset)} images of {size} px, '
+            f'{len(loader)} batches of {args.batch_size} x {process.world_size} an epoch, lr {args.lr:g}, bank '
             f'{args.bank_size}, on {args.device} -> {folder}')
         run.begin()
         with logging_redirect_tqdm():

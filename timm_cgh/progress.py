@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from datetime import timedelta
-from typing import Callable, Iterable, Iterator, Optional, TypeVar
+from typing import Callable, ContextManager, Iterable, Iterator, Optional, TypeVar
 
 import torch
 from timm.utils import FormatterNoInfo
@@ -36,18 +36,16 @@ def _root_handler(handler: logging.Handler) -> Iterator[None]:
         handler.close()
 
 
-@contextlib.contextmanager
-def log_to_console() -> Iterator[None]:
+def log_to_console() -> ContextManager[None]:
     """Print the log on standard error within the block, as timm's scripts do."""
     handler = logging.StreamHandler()
     handler.setFormatter(FormatterNoInfo())
-    with _root_handler(handler):
-        yield
+    return _root_handler(handler)
 
 
 @contextlib.contextmanager
 def log_to_file() -> Iterator[Callable[[str], None]]:
-    """Collect the log within the block, with times; what the block gets appends it to a file, from its beginning on."""
+    """Collect the log, with times, within the block, which gets a function that writes all of it to a file."""
     memory = logging.handlers.MemoryHandler(1, logging.CRITICAL + 1, flushOnClose=False)
 
     def open_file(path: str) -> None:

@@ -88,7 +88,6 @@ def create_view_loader(
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
-        persistent: bool = True,
         multiprocessing_context: Optional[str] = None,
 ) -> ViewLoader:
     """Create a loader of `Batch`es; except for streams, they are the same for any number of workers.
@@ -101,7 +100,6 @@ def create_view_loader(
         workers: worker processes, of one thread each
         rank, world_size: of this process
         pin_memory: whether batches are page-locked
-        persistent: whether workers live on from epoch to epoch (map-style)
         multiprocessing_context: `fork`, `spawn`, ...; default the platform's
 
     Raises:
@@ -128,5 +126,5 @@ def create_view_loader(
         return ViewLoader(DataLoader(stream, batch_size=batch_size, drop_last=True, **common), steps)
     sampler = EpochBatchSampler(count, batch_size, seed, rank, world_size)
     views = ViewDataset(dataset, specs, seed)
-    loader = DataLoader(views, batch_sampler=sampler, persistent_workers=persistent and workers > 0, **common)
+    loader = DataLoader(views, batch_sampler=sampler, persistent_workers=workers > 0, **common)
     return ViewLoader(loader, steps)

@@ -61,7 +61,8 @@ class _TiledSoftmax:
         return total.log() + peak, relative / total
 
 
-def _check(temp: float, *pairs: Tuple[torch.Tensor, torch.Tensor]) -> None:
+def check_inputs(temp: float, *pairs: Tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Raise `ValueError` for a temperature that is not positive, and pairs that are not (B, D) and (K, D)."""
     if not temp > 0:
         raise ValueError(f'a temperature must be positive, got {temp}')
     for embeddings, bank in pairs:
@@ -70,7 +71,8 @@ def _check(temp: float, *pairs: Tuple[torch.Tensor, torch.Tensor]) -> None:
             raise ValueError(f'embeddings and bank must be (B, D) and (K, D), got {shapes[0]} and {shapes[1]}')
 
 
-def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 where all tensors have it, else float32."""
     return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -80,7 +82,7 @@ class _RelationCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, student_bank, teacher, teacher_bank, student_temp, teacher_temp):
         with torch.autocast(student.device.type, enabled=False):
-            dtype = _working_dtype(student, student_bank, teacher, teacher_bank)
+            dtype = working_dtype(student, student_bank, teacher, teacher_bank)
             z, z_bank = student.to(dtype), student_bank.to(dtype)
             t, t_bank = teacher.to(dtype), teacher_bank.to(dtype)
             batch = len(t)
@@ -160,8 +162,8 @@ def relation_cross_entropy(
     Raises:
         ValueError: a temperature that is not positive, or shapes that do not fit
     """
-    _check(student_temp, (student[0] if student.ndim == 3 else student, student_bank))
-    _check(teacher_temp, (teacher, teacher_bank))
+    check_inputs(student_temp, (student[0] if student.ndim == 3 else student, student_bank))
+    check_inputs(teacher_temp, (teacher, teacher_bank))
     if student.shape[-2] != len(teacher) or len(student_bank) != len(teacher_bank):
         raise ValueError(
             f'student and teacher must agree in batch ({student.shape[-2]}, {len(teacher)}) and in bank size '
@@ -176,7 +178,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, bank, temp):
         with torch.autocast(query.device.type, enabled=False):
-            dtype = _working_dtype(query, key, bank)
+            dtype = working_dtype(query, key, bank)
             q, k, negatives = query.to(dtype), key.to(dtype), bank.to(dtype)
             batch = len(q)
             needs_grad = ctx.needs_input_grad[0]
@@ -227,7 +229,7 @@ def info_nce(query: torch.Tensor, key: torch.Tensor, bank: torch.Tensor, temp: f
     """
     if query.ndim == 3:
         query, key = query.flatten(0, 1), key.repeat(len(query), 1)
-    _check(temp, (query, bank), (key, bank))
+    check_inputs(temp, (query, bank), (key, bank))
     if query.shape != key.shape:
         raise ValueError(f'query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape')
     return _InfoNCE.apply(query, key.detach(), bank, temp)

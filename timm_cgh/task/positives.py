@@ -10,6 +10,8 @@ from typing import Dict, Iterable, Mapping, NamedTuple, Optional, Union
 
 import torch
 
+from timm_cgh.loss.relation import check_inputs, working_dtype
+
 __all__ = ['RelationCounts', 'RelationTracker', 'Selection', 'count_relations', 'relation_columns']
 
 _CHUNK_VALUES = 2 ** 22  # of one (chunk, bank) matrix
@@ -81,20 +83,6 @@ class RelationCounts(NamedTuple):
         return 100 * float(self.tp) / selected if selected else math.nan
 
 
-def _check_shapes(
-        embeddings: torch.Tensor,
-        bank: torch.Tensor,
-        labels: torch.Tensor,
-        bank_labels: torch.Tensor,
-) -> None:
-    if embeddings.ndim != 2 or bank.ndim != 2 or embeddings.shape[1] != bank.shape[1]:
-        raise ValueError(f'expected (B, D) and (K, D), got {tuple(embeddings.shape)} and {tuple(bank.shape)}')
-    if labels.shape != embeddings.shape[:1] or bank_labels.shape != bank.shape[:1]:
-        raise ValueError(
-            f'{len(embeddings)} images and {len(bank)} bank entries, but labels {tuple(labels.shape)} and '
-            f'{tuple(bank_labels.shape)}')
-
-
 @torch.no_grad()
 def count_relations(
         embeddings: torch.Tensor,
@@ -125,12 +113,13 @@ def count_relations(
     Raises:
         ValueError: a temperature that is not positive, shapes that do not fit, a selection that does not fit the bank
     """
-    if not temperature > 0:
-        raise ValueError(f'a temperature must be positive, got {temperature}')
-    _check_shapes(embeddings, bank, labels, bank_labels)
+    check_inputs(temperature, (embeddings, bank))
+    if labels.shape != embeddings.shape[:1] or bank_labels.shape != bank.shape[:1]:
+        raise ValueError(
+            f'{len(embeddings)} images and {len(bank)} bank entries, but labels {tuple(labels.shape)} and '
+            f'{tuple(bank_labels.shape)}')
     selection.check(len(bank))
-    device = embeddings.device
-    dtype = torch.float64 if embeddings.dtype == bank.dtype == torch.float64 else torch.float32
+    device, dtype = embeddings.device, working_dtype(embeddings, bank)
     bank, labels, bank_labels = bank.to(device, dtype), labels.to(device), bank_labels.to(device)
     rows = max(1, chunk_values // len(bank))
     counts = torch.zeros(3, dtype=torch.int64, device=device)

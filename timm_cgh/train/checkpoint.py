@@ -1,9 +1,9 @@
 """Checkpoints of a run under timm's file names, whole at any moment, with the position in the run."""
 import contextlib
-import glob
 import os
 import re
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from timm.utils import CheckpointSaver
 from timm.utils.model import unwrap_model
@@ -58,8 +58,6 @@ class RunSaver(CheckpointSaver):
         options: of the run, plain values; `model` among them
         **kwargs: see `timm.utils.CheckpointSaver`
     """
-
-    best_metric: Optional[float]
 
     def __init__(self, task: MomentumTask, options: Mapping[str, Any], **kwargs: Any):
         # timm asks `task` for the entries of a checkpoint: the saver answers itself, to add its own
@@ -117,9 +115,6 @@ class RunSaver(CheckpointSaver):
         self.curr_recovery_file = self.prev_recovery_file = ''
         return best
 
-    def recovery_files(self) -> List[str]:
-        return glob.glob(os.path.join(glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}'))
-
     def restore(self, state: Dict[str, Any], path: str, rewind: bool) -> None:
         """Take up the ranking of checkpoints where `state` left it. Rank 0 only.
 
@@ -149,6 +144,6 @@ class RunSaver(CheckpointSaver):
             self._duplicate(path, self._path('model_best'))
 
     def _remove_recovery(self, keep: str = '') -> None:
-        for path in self.recovery_files():
-            if os.path.basename(path) != os.path.basename(keep):
-                os.unlink(path)
+        for path in Path(self.recovery_dir).glob(f'{self.recovery_prefix}-*{self.extension}'):
+            if path.name != os.path.basename(keep):
+                path.unlink()

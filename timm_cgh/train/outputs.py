@@ -20,22 +20,19 @@ from timm_cgh.data.decode import read_or_substitute, read_thumbnail
 from timm_cgh.errors import redact
 from timm_cgh.eval.features import extract_features
 from timm_cgh.eval.knn import nearest_neighbors
-from timm_cgh.eval.loader import create_eval_loader, eval_crop_pct
-from timm_cgh.files import epochs_done, write_yaml
-from timm_cgh.models.export import export_backbone
+from timm_cgh.eval.loader import create_eval_loader
+from timm_cgh.files import write_yaml
 from timm_cgh.plots.curves import save_curves
 from timm_cgh.plots.evaluation import save_retrieval_grid
 from timm_cgh.plots.relations import relation_curve, save_relations
 from timm_cgh.plots.report import save_report
 from timm_cgh.plots.views import save_views
-from timm_cgh.task import CGHTask, MomentumTask
+from timm_cgh.task import CGHTask
 from timm_cgh.task.positives import Selection
 
-from .build import Backbone
-
 __all__ = [
-    'describe_epoch', 'describe_run', 'export_run', 'list_files', 'warn_if_collapsed', 'warn_if_flat',
-    'write_neighbours', 'write_plots', 'write_settings', 'write_views']
+    'describe_epoch', 'list_files', 'warn_if_collapsed', 'warn_if_flat', 'write_neighbours', 'write_plots',
+    'write_settings', 'write_views']
 
 _logger = logging.getLogger('train')
 
@@ -140,12 +137,6 @@ def write_neighbours(
         grid, os.path.join(folder, 'neighbours.png'), 'Nearest training images, by cosine of the features')
 
 
-def describe_run(task: MomentumTask, model: str, method: str, context: str) -> str:
-    """Model and method in one line."""
-    millions = sum(p.numel() for p in task.student.backbone.parameters()) / 1e6
-    return f'{model} ({millions:.2f} M parameters), {f"{context} context" if method == "cgh" else method}'
-
-
 def describe_epoch(row: Mapping[str, Any]) -> str:
     """What matters most in a row of `summary.csv`, in at most 100 columns."""
     names = [name for name in ('gh', 'hg', 'gg', 'hh', 'nce') if f'train_loss_{name}' in row]
@@ -170,24 +161,6 @@ def warn_if_collapsed(row: Mapping[str, Any], bank_size: int) -> None:
             _logger.warning(
                 f'The {name} targets are flat over the bank (entropy {entropy:.2f} of {math.log(bank_size):.2f}): '
                 f'there is nothing to learn from them. A lower teacher temperature or longer InfoNCE warm-up may help.')
-
-
-def export_run(
-        folder: str,
-        backbone: Backbone,
-        data_config: Mapping[str, Any],
-        method: str,
-        rows: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write the backbone as it is now, a plain timm model with the tag `<method>_<epochs>ep`, to `export/`."""
-    export_backbone(
-        backbone.module,
-        os.path.join(folder, 'export'),
-        **data_config,
-        crop_pct=eval_crop_pct(min(data_config['input_size'][1:])),
-        tag=f'{method}_{epochs_done(rows)}ep',
-        model_kwargs=backbone.model_kwargs,
-    )
 
 
 def write_plots(

@@ -13,7 +13,9 @@ from timm_cgh.arguments import arguments_of
 from timm_cgh.data import ViewLoader, ViewsToDevice, is_stream
 from timm_cgh.distributed import Process, all_gather_objects
 from timm_cgh.errors import checking
-from timm_cgh.files import Summary
+from timm_cgh.eval.loader import eval_crop_pct
+from timm_cgh.files import Summary, epochs_done
+from timm_cgh.models.export import export_backbone
 from timm_cgh.progress import Progress, peak_memory
 from timm_cgh.task import MomentumTask
 from timm_cgh.task.positives import RelationTracker, relation_columns
@@ -24,8 +26,7 @@ from .checkpoint import RunSaver
 from .meter import Meter
 from .monitor import Accuracy, KnnMonitor, QualityMonitor
 from .outputs import (
-    describe_epoch, export_run, list_files, warn_if_collapsed, write_neighbours, write_plots, write_settings,
-    write_views)
+    describe_epoch, list_files, warn_if_collapsed, write_neighbours, write_plots, write_settings, write_views)
 from .resume import ResumePoint, check_ranks_agree, is_within, restore
 from .stop import StopRequest
 
@@ -323,8 +324,16 @@ class Run:
         return row
 
     def _export(self) -> None:
-        method = 'cgh_{0.context}' if self.settings.method == 'cgh' else '{0.method}'
-        export_run(self.folder, self.backbone, self.data_config, method.format(self.settings), self.summary.rows)
+        """Write the backbone as it is now, a plain timm model with the tag `<method>_<epochs>ep`, to `export/`."""
+        method = f'cgh_{self.settings.context}' if self.settings.method == 'cgh' else self.settings.method
+        export_backbone(
+            self.backbone.module,
+            os.path.join(self.folder, 'export'),
+            **self.data_config,
+            crop_pct=eval_crop_pct(min(self.data_config['input_size'][1:])),
+            tag=f'{method}_{epochs_done(self.summary.rows)}ep',
+            model_kwargs=self.backbone.model_kwargs,
+        )
 
     def finish(self) -> None:
         """Write the export and the plots, log what the run left.

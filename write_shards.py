@@ -36,7 +36,7 @@ group.add_argument('-o', '--output', metavar='DIR', required=True,
 group.add_argument('--shard-images', type=at_least_one, default=1000, metavar='N',
                    help='images in a shard, at most; all processes of a training together can have as many workers as '
                         'there are shards')
-group.add_argument('--shard-mb', type=positive, default=1000, metavar='MB', help='size of a shard, about, at most')
+group.add_argument('--shard-mb', type=positive, default=1000, metavar='MB', help='approximate largest size of a shard')
 group.add_argument('--seed', type=random_seed, default=42, metavar='N', help='seed of the order')
 
 

@@ -168,13 +168,13 @@ def test_parts_of_another_model_are_refused(encoder, photos, tmp_path, capsys):
     parts.add(torch.zeros(1, 3), ['cat/000.png'], [])
     parts.flush()
     check_refused(capsys, script, arguments(encoder, output, '--data-dir', photos),
-                  f'--output {output}.parts', 'another model')
+                  f'--output {output}.parts', 'other settings: model')
 
 
 @pytest.mark.parametrize('args, named', [
-    (['--data-dir', 'b'], 'another source'),
-    (['--data-dir', 'a', '--split', 'train'], 'another source'),
-    (['--data-dir', 'a', '--max-pixels', '300'], 'another decoding'),
+    (['--data-dir', 'b'], 'other settings: source'),
+    (['--data-dir', 'a', '--split', 'train'], 'other settings: source'),
+    (['--data-dir', 'a', '--max-pixels', '300'], 'other settings: decoding'),
 ])
 def test_parts_of_other_images_of_the_same_names_are_refused(encoder, tmp_path, capsys, monkeypatch, args, named):
     for folder in ('a', 'b', 'a/train'):

@@ -264,11 +264,11 @@ def test_finished_run_is_not_overwritten(encoder, augmented, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args, named', [
-    (['--resume', 'auto', '--lr', *RATES, '--epochs', '5'], 'another epochs'),
-    (['--resume', 'auto', '--lr', '1', '--epochs', '4'], 'another lr'),
-    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--momentum', '0.5'], 'another optimization'),
-    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--scale', '0.5', '1'], 'another augmentation'),
-    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--mean', '0.1'], 'another input'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '5'], 'other settings: epochs'),
+    (['--resume', 'auto', '--lr', '1', '--epochs', '4'], 'other settings: lr'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--momentum', '0.5'], 'settings: optimization'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--scale', '0.5', '1'], 'settings: augment'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--mean', '0.1'], 'other settings: input'),
     (['--resume', 'missing.pth.tar'], 'no such file'),
     (['--lr', '-1'], '--lr'),
     (['--scale', '0.1', '2'], '--scale 0.1 2: must be 0 < min <= max <= 1'),

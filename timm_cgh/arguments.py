@@ -333,7 +333,8 @@ def add_image_arguments(parser: Parser, split: Optional[str] = None) -> None:
     group.add_argument('--split', metavar='NAME', default=split,
                        help='split of the data set, or subfolder of --data-dir' + (
                            '' if split else '; default: all of a folder, else train'))
-    group.add_argument('--dataset-download', action='store_true', help='allow to download the data set; default: off')
+    group.add_argument('--dataset-download', action='store_true',
+                       help='allow the download of the data set; default: off')
     group.add_argument('--dataset-trust-remote-code', action='store_true',
                        help='allow data sets of the Hub to run their own code; default: off')
     group.add_argument('--input-key', metavar='NAME', help='column of the images in a table; default: image')

@@ -38,7 +38,7 @@ class Parts:
 
     Args:
         folder: of the parts, made if absent
-        names: of all images, each another one
+        names: of all images, all different
         settings: what all parts must have in common; values for JSON
         part_size: images per part, at least
 
@@ -68,8 +68,8 @@ class Parts:
             for key, value in self.settings.items():
                 if about['settings'].get(key) != value:
                     raise InputError(
-                        f"output={self.folder}: was begun with another {key.replace('_', ' ')}; delete it, or choose "
-                        f'another file')
+                        f"output={self.folder}: was begun with other settings: {key.replace('_', ' ')}; delete it, or "
+                        f'choose another file')
             for row, name in enumerate(about['names']):
                 if name in positions:
                     self.places[positions[name]] = number, row

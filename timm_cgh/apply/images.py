@@ -19,7 +19,7 @@ __all__ = ['NamedImages', 'find_unreadable', 'open_images', 'unique_names', 'wri
 
 
 class NamedImages(NamedTuple):
-    """dataset: map-style, of (PIL image, target) items; names: of the images, each another one."""
+    """dataset: map-style, of (PIL image, target) items; names: of the images, all different."""
     dataset: Dataset
     names: List[str]
 

@@ -92,7 +92,7 @@ def write_shards(
         output: folder
         split: name of the split
         shard_images: images in a shard, at most
-        shard_mb: megabytes in a shard, about
+        shard_mb: megabytes in a shard, at most, approximately
         seed: of the order
 
     Returns:

@@ -24,7 +24,7 @@ except ImportError:  # the constructor of timm's reader raises
 __all__ = ['FolderReader', 'ShardReader', 'TarReader', 'image_endings', 'list_tars']
 
 _logger = logging.getLogger('data')
-_FORMATS = {  # still images; Pillow reads films, fonts and documents as well
+_FORMATS = {  # still images; Pillow reads videos, fonts and documents as well
     'AVIF', 'BMP', 'DIB', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PCX', 'PNG', 'PPM', 'QOI', 'SGI', 'TGA', 'TIFF',
     'WEBP'}
 # what operating systems and file servers leave beside images; names with a leading dot are hidden everywhere

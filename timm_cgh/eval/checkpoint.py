@@ -52,7 +52,7 @@ def find_state(output: Optional[str], resume: Optional[str], settings: Mapping[s
         raise InputError(f'resume={resume}: not a checkpoint of such a run')
     for key, value in settings.items():
         if state['settings'].get(key) != value:
-            raise InputError(f"resume={resume}: was made with another {key.replace('_', ' ')}")
+            raise InputError(f"resume={resume}: was made with other settings: {key.replace('_', ' ')}")
     unit = 'epoch' if 'epoch' in state else 'iteration'
     _logger.info(f'Resumed {resume} at {unit} {state[unit]}')
     return state

@@ -16,7 +16,7 @@ __all__ = [
 
 
 class LabelledDatasets(NamedTuple):
-    """Map-style data sets of (PIL image, label) items, without unlabelled images; where those of `val` are from."""
+    """Map-style data sets of labelled (PIL image, label) items; `val_split` says where those of `val` are from."""
     train: Dataset
     val: Dataset
     num_classes: int

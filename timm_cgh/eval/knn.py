@@ -26,7 +26,7 @@ def _chunk_size(count: int) -> int:
 
 
 def _nearest(train: torch.Tensor, query: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(M, k) similarities and indices of the nearest rows of `train` (N, D), nearest first, the earlier of equals."""
+    """(M, k) similarities and indices of the nearest rows of `train` (N, D), nearest first, equals by index."""
     similarity = query @ train.T  # (M, D) @ (D, N) -> (M, N)
     # topk returns equals in any order: sort what it finds by index, then by value, which keeps the order of equals
     index = similarity.topk(min(k + 1, len(train)), dim=1).indices.sort(dim=1).values

@@ -33,7 +33,7 @@ def test_labels_of_inaturalist_are_those_of_the_items(tmp_path):
 def test_subset_never_gives_another_image_for_an_unreadable_one(tmp_path):
     write_images(tmp_path, 4)
     (tmp_path / '001.png').write_bytes(b'broken')
-    subset = ImageSubset(open_dataset('', str(tmp_path)), [1, 3], 'L')
+    subset = ImageSubset(open_dataset('', str(tmp_path), in_chans=1), [1, 3])
     with pytest.raises(UNREADABLE):
         subset[0]
     (image, _), = subset.__getitems__([1])

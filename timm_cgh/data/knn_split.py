@@ -11,7 +11,7 @@ from timm_cgh.errors import InputError
 
 from .decode import dataset_decoding
 from .labels import check_class_numbers, class_to_idx, read_labels, to_label
-from .sources import check_disjoint, find_split_folder, image_mode, open_dataset, source_prefix, splits_overlap
+from .sources import check_disjoint, find_split_folder, open_dataset, source_prefix, splits_overlap
 from .subset import ImageSubset
 
 __all__ = ['open_knn_datasets']
@@ -98,9 +98,9 @@ def _find_queries(
     return None
 
 
-def _choose(dataset: Dataset, indices: np.ndarray, max_images: Optional[int], seed: int, mode: str) -> ImageSubset:
+def _choose(dataset: Dataset, indices: np.ndarray, max_images: Optional[int], seed: int) -> ImageSubset:
     order = np.random.default_rng(seed).permutation(len(indices))[:max_images]
-    return ImageSubset(dataset, np.sort(indices[order]).tolist(), mode)
+    return ImageSubset(dataset, np.sort(indices[order]).tolist())
 
 
 def open_knn_datasets(
@@ -163,8 +163,7 @@ def open_knn_datasets(
     names = [name for name, number in class_to_idx(train).items() if number in classes]
     more = ', ...' if len(names) > 5 else ''
     named = f"; {len(names)} classes: {', '.join(names[:5])}{more}" if names else ''
-    mode = image_mode(source.get('in_chans', 3))
-    sets = _choose(train, references, max_images, seed, mode), _choose(queries, known, max_images, seed, mode)
+    sets = _choose(train, references, max_images, seed), _choose(queries, known, max_images, seed)
     if split:
         return sets, f'{len(sets[1])} images of {split} against {len(sets[0])} of {train_split}{named}'
     return sets, (

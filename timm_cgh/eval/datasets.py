@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_cgh.data import ImageSubset, class_to_idx, image_mode, is_stream, open_dataset, read_labels
+from timm_cgh.data import ImageSubset, class_to_idx, is_stream, open_dataset, read_labels
 from timm_cgh.data.labels import check_class_numbers, whole
 from timm_cgh.data.sources import check_disjoint, find_split_folder, splits_overlap
 from timm_cgh.errors import InputError
@@ -62,7 +62,7 @@ def open_labelled(
             f"{split_parameter}={split}: has no labels{'' if dataset else ', put the images in class folders'}")
     if (labels >= 0).all():
         return images
-    return ImageSubset(images, np.flatnonzero(labels >= 0).tolist(), image_mode(in_chans))
+    return ImageSubset(images, np.flatnonzero(labels >= 0).tolist())
 
 
 def check_classes(train: Dataset, val: Dataset, ignore_others: bool = False) -> int:
@@ -119,12 +119,10 @@ def _open_validation(
     if source['dataset'] and free:
         with suppress(InputError):
             return train, open_labelled(split='validation', split_parameter='val_split', **source), 'validation'
-    labels, mode = np.asarray(read_labels(train)), image_mode(source['in_chans'])
+    labels = np.asarray(read_labels(train))
     held_out = hold_out(labels, seed)
     kept = np.setdiff1d(np.arange(len(labels)), held_out)
-    return (
-        ImageSubset(train, kept.tolist(), mode), ImageSubset(train, held_out.tolist(), mode),
-        'a fifth of the training images')
+    return ImageSubset(train, kept.tolist()), ImageSubset(train, held_out.tolist()), 'a fifth of the training images'
 
 
 def open_labelled_datasets(

@@ -264,8 +264,9 @@ def test_resume_of_another_run_is_refused(trained, streets, capsys):
     output, _ = trained
     args = [*MODEL, *TINY, *streets, '--masks', '--output', output]
     check_refused(capsys, script, args, '--output', '--resume auto')
-    check_refused(capsys, script, [*args, '--resume', 'auto', '--hflip', '0'], '--resume', 'settings: augmentation')
-    check_refused(capsys, script, [*args, '--resume', 'auto', '--lr', '1'], '--resume', 'settings: optimization')
+    args += ['--resume', 'auto']
+    check_refused(capsys, script, [*args, '--hflip', '0'], '--resume', 'other settings: augmentation')
+    check_refused(capsys, script, [*args, '--lr', '1'], '--resume', 'other settings: optimization')
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(streets, capsys):

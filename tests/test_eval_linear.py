@@ -266,8 +266,10 @@ def test_finished_run_is_not_overwritten(encoder, augmented, tmp_path, capsys):
 @pytest.mark.parametrize('args, named', [
     (['--resume', 'auto', '--lr', *RATES, '--epochs', '5'], 'other settings: epochs'),
     (['--resume', 'auto', '--lr', '1', '--epochs', '4'], 'other settings: lr'),
-    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--momentum', '0.5'], 'settings: optimization'),
-    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--scale', '0.5', '1'], 'settings: augment'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--momentum', '0.5'],
+     'other settings: optimization'),
+    (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--scale', '0.5', '1'],
+     'other settings: augmentation'),
     (['--resume', 'auto', '--lr', *RATES, '--epochs', '4', '-b', '64', '--mean', '0.1'], 'other settings: input'),
     (['--resume', 'missing.pth.tar'], 'no such file'),
     (['--lr', '-1'], '--lr'),

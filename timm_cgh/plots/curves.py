@@ -59,7 +59,7 @@ def save_curves(
         rows: rows of `summary.csv`, see `read_column`
         path: PNG file to write
         title: heading
-        knn_levels: name -> top-1 in percent, drawn as horizontal lines (the untrained backbone, the raw pixels)
+        knn_levels: name -> top-1 in percent, drawn as horizontal lines (the backbone before training, the raw pixels)
 
     Raises:
         OSError: the file cannot be written

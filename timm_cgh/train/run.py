@@ -155,7 +155,7 @@ class Run:
             _logger.info(f'This run is finished: it has all of its {self.settings.epochs} epochs')
 
     def begin(self) -> None:
-        """Open the run's files and evaluate the untrained backbone. Collective: every rank must call."""
+        """Open the run's files and evaluate the backbone before training. Collective: every rank must call."""
         if self.scheduler is not None:
             self.scheduler.step_update(self.task.num_updates)
         self.summary = Summary(os.path.join(self.folder, 'summary.csv'), self.epoch)
@@ -352,7 +352,7 @@ class Run:
             sample = self.quality.loader.loader.dataset.dataset
             write_neighbours(
                 self.folder, sample, self.task.student.backbone, self.data_config, self.process.device)
-        baselines = {'kNN, untrained': self.knn_before, 'kNN, raw pixels': self.knn_pixels}
+        baselines = {'kNN, before training': self.knn_before, 'kNN, raw pixels': self.knn_pixels}
         selection = None if self.tracker is None else self.tracker.selection
         write_plots(self.folder, self.task, self.summary.rows, baselines, selection)
         if not self.finished:

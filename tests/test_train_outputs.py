@@ -11,6 +11,8 @@ import yaml
 
 import train as script
 from script_runner import call_script
+from timm_cgh.data import ViewLoader
+from timm_cgh.progress import Progress
 from timm_cgh.train.checkpoint import read_checkpoint
 from timm_cgh.train.outputs import describe_epoch
 from training import TINY, check_refused, make_images, read_summary
@@ -47,6 +49,18 @@ def test_a_run_describes_itself(images, tmp_path):
     assert [path.name for path in sorted(folder.glob('milestone-*'))] == ['milestone-2.pth.tar', 'milestone-4.pth.tar']
     log = (folder / 'train.log').read_text()
     assert log.count(' epoch 0: ') == 1 and log.count(' epoch 3: ') == 1
+
+
+def test_the_data_wait_is_that_for_the_loader_alone(images, tmp_path, monkeypatch):
+    timed, waiting = [], Progress.waiting
+
+    def record(progress, batches):
+        timed.append(batches)
+        return waiting(progress, batches)
+
+    monkeypatch.setattr(Progress, 'waiting', record)
+    assert train('--data-dir', images, '--output', tmp_path, '--epochs', 2) == 0
+    assert len(timed) == 2 and all(isinstance(batches, ViewLoader) for batches in timed)
 
 
 def test_an_unlabelled_run_ends_with_its_nearest_neighbours(loose, tmp_path):

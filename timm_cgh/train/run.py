@@ -198,8 +198,8 @@ class Run:
         self.progress = Progress(
             epoch, self.settings.epochs, self.batch, count, self.settings.batch_size * self.process.world_size,
             silent=not self.process.primary)
-        batches = self.progress.waiting(self.to_device.prefetch(self.loader))
-        for i, (batch, views) in enumerate(batches, start=self.batch):
+        batches = self.progress.waiting(self.loader)  # without the augmentation, which more workers do not speed up
+        for i, (batch, views) in enumerate(self.to_device.prefetch(batches), start=self.batch):
             self._note_unreadable(batch.unreadable)
             # The model's own randomness (dropout, stochastic depth) is a function of step and rank: a resumed run draws
             # what the uninterrupted one would have drawn.

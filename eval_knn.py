@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
-from timm_cgh.data import image_mode
 from timm_cgh.data.decode import read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
@@ -57,7 +56,7 @@ def save_features(folder, names, **splits):
             save_file(dict(features=features.contiguous(), labels=labels), temporary, metadata)
 
 
-def save_retrieval(args, data, mode, train, val):
+def save_retrieval(args, data, train, val):
     """Plot some queries, drawn by the seed, and their nearest neighbours."""
     count = len(val.labels)
     queries = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:args.queries].sort().values
@@ -65,7 +64,7 @@ def save_retrieval(args, data, mode, train, val):
     rows = []
     for query, found in zip(val.indices[queries], train.indices[neighbours]):
         shown = [(data.val, int(query)), *((data.train, int(index)) for index in found)]
-        images = [read_thumbnail(dataset, index, mode) for dataset, index in shown]
+        images = [read_thumbnail(dataset, index) for dataset, index in shown]
         names = [data.class_names[label] if data.class_names else str(label) for _, label in images]
         rows.append([(image, name, label == images[0][1]) for (image, label), name in zip(images, names)])
     save_retrieval_grid(rows, os.path.join(args.output, 'retrieval.png'))
@@ -108,7 +107,7 @@ def main(argv=None):
                 save_class_accuracy(
                     val.labels, predictions[best], os.path.join(args.output, 'classes.png'), data.class_names)
                 if args.queries:
-                    save_retrieval(args, data, image_mode(backbone.data_config['input_size'][0]), train, val)
+                    save_retrieval(args, data, train, val)
         write_results(dict(
             **describe_model(backbone, args.dataset, args.data_dir, args.val_split),
             protocol='knn',

@@ -26,8 +26,8 @@ except ImportError:
     pass
 
 __all__ = [
-    'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_picture', 'decode_pixels',
-    'image_name', 'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8',
+    'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_pixels', 'image_name',
+    'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8',
     'upright_size']
 
 MAX_PIXELS = 2 * 89478485  # what Pillow decodes at most
@@ -161,12 +161,6 @@ def decode_image(
     return Image.fromarray(pixels[:, :, 0] if decoding.mode == 'L' else pixels)
 
 
-def decode_picture(image: Union[Image.Image, np.ndarray], decoding: Decoding = Decoding()) -> Image.Image:
-    """Whole image, upright, to look at: grey, of the first channel, where it has neither one nor three."""
-    image = decode_image(image, decoding)
-    return Image.fromarray(image[:, :, 0]) if isinstance(image, np.ndarray) else image
-
-
 def _check_size(width: int, height: int, decoding: Decoding) -> None:
     if width * height > decoding.max_pixels:
         raise ValueError(f'{width} x {height} px, `max_pixels` is {decoding.max_pixels}')
@@ -282,13 +276,15 @@ def read_image(
     return convert(image, decoding), to_label(target)
 
 
-def read_thumbnail(dataset: Dataset, index: int, mode: Optional[str] = None) -> Tuple[Image.Image, int]:
-    """Read an image to look at (see `decode_picture`), at most 160 px on a side, and its label.
+def read_thumbnail(dataset: Dataset, index: int) -> Tuple[Image.Image, int]:
+    """Read an image to look at, at most 160 px on a side, and its label; its first channel if it has not one or three.
 
     Raises:
         UNREADABLE: see `read_image`
     """
-    image, label = read_image(dataset, index, mode, decode_picture)
+    image, label = read_image(dataset, index)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[:, :, 0])
     image.thumbnail((160, 160))
     return image, label
 

@@ -237,11 +237,6 @@ def _check_image_column(dataset: str, root: Optional[str], split: str, input_key
             f"{', '.join(images) or 'none'} holds images")
 
 
-def _is_empty(reader: Any) -> bool:
-    column = reader.dataset.data.column(reader.image_key)
-    return column.null_count == len(column)
-
-
 def _list_shards(root: str) -> str:
     names = [os.path.basename(path) for path in list_tars(root)] if os.path.isdir(root) else []
     return f"; {root} has {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else ''
@@ -413,8 +408,10 @@ def open_dataset(
         if source_prefix(dataset) == 'hfds':
             _check_image_column(dataset, data_dir or None, split, input_key)
         raise _explain(error, dataset, data_dir, split, split_parameter, dataset_download) from error
-    if source_prefix(dataset) == 'hfds' and _is_empty(opened.reader):  # the library adds the column that it lacks
-        _check_image_column(dataset, data_dir or None, split, input_key)
+    if source_prefix(dataset) == 'hfds':
+        images = opened.reader.dataset.data.column(opened.reader.image_key)
+        if images.null_count == len(images):  # the library adds the column that it lacks
+            _check_image_column(dataset, data_dir or None, split, input_key)
     _check_opened(opened, dataset, target_key)
     opened.decoding = decoding
     return opened

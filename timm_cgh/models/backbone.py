@@ -4,7 +4,7 @@ import math
 import os
 import reprlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch.nn as nn
@@ -15,7 +15,7 @@ from timm_cgh.files import read_json
 
 __all__ = [
     'ImageSize', 'as_image_size', 'check_model', 'create_backbone', 'is_features_only', 'plain_backbone', 'plain_names',
-    'read_config', 'resolve_data_config', 'timm_config']
+    'read_config', 'resolve_data_config']
 
 ImageSize = Union[int, Sequence[int]]
 _LOCAL_PREFIX = 'local-dir:'  # timm's
@@ -120,11 +120,6 @@ def create_backbone(name: str, img_size: Optional[ImageSize] = None, **kwargs: A
     return timm.create_model(name, **kwargs)
 
 
-def timm_config(model: nn.Module) -> Dict[str, Any]:
-    """timm's configuration of a model: its architecture, the images and classifier of its pretrained weights."""
-    return cast(Dict[str, Any], model.pretrained_cfg)
-
-
 def resolve_data_config(
         pretrained_cfg: Mapping[str, Any],
         *,
@@ -205,7 +200,7 @@ def plain_backbone(
     """
     if not is_features_only(backbone):
         return backbone
-    model = create_backbone(timm_config(backbone)['architecture'], img_size=img_size, **model_kwargs)
+    model = create_backbone(backbone.pretrained_cfg['architecture'], img_size=img_size, **model_kwargs)
     trained, plain = backbone.state_dict(), model.state_dict()
     names = {k: n for k, n in plain_names(trained, plain).items() if trained[n].shape == plain[k].shape}
     lost = trained.keys() - names.values()

@@ -4,7 +4,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import FeatureInfo
 
 from timm_cgh.layers import Hypercolumn, Predictor, Projector
 
@@ -96,7 +95,7 @@ class ContextEncoder(nn.Module):
         else:
             depth = len(info)
             if out_indices is None:
-                out_indices = default_out_indices(FeatureInfo(info, 1).reduction(list(range(depth))))
+                out_indices = default_out_indices([stage['reduction'] for stage in info])
             if not out_indices or not all(-depth <= i < depth for i in out_indices):
                 raise ValueError(
                     f'out_indices {tuple(out_indices)}: {type(backbone).__name__} has {depth} feature maps, '

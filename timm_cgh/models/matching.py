@@ -10,7 +10,7 @@ from timm.models import adapt_input_conv
 
 from timm_cgh.errors import InputError
 
-from .backbone import is_features_only, plain_names, timm_config
+from .backbone import is_features_only, plain_names
 
 __all__ = ['backbone_state', 'misfits']
 
@@ -112,13 +112,13 @@ def _namings(model: nn.Module) -> List[_Naming]:
     if is_features_only(model):
         namings.append(_Naming({name: name for name in own}))
         with torch.device('meta'):
-            plain = timm.create_model(timm_config(model)['architecture'], num_classes=0)
+            plain = timm.create_model(model.pretrained_cfg['architecture'], num_classes=0)
     names = plain_names(own, plain.state_dict()) if namings else {name: name for name in own}
     if len(names) < len(own):
         return namings
     naming = _Naming(
         names, plain.state_dict().keys() - names.keys(),
-        [f'{name}.weight' for name in _as_tuple(timm_config(model).get('first_conv'))])
+        [f'{name}.weight' for name in _as_tuple(model.pretrained_cfg.get('first_conv'))])
     numbers = {name: str(i) for i, (name, _) in enumerate(plain.named_children())}
 
     def numbered(name: str) -> str:
@@ -188,7 +188,7 @@ def backbone_state(
         state = {k[len(prefix):].replace('_orig_mod.', ''): v for k, v in tensors.items() if k.startswith(prefix)}
         wanted = {name: own[of_model] for name, of_model in names.items()}
         _adapt_channels(state, wanted, first_conv)
-        heads = tuple(f'{name}.' for name in (*_HEADS, *_as_tuple(timm_config(model).get('classifier')), *ignored))
+        heads = tuple(f'{name}.' for name in (*_HEADS, *_as_tuple(model.pretrained_cfg.get('classifier')), *ignored))
         kept, misfit = _select(state, wanted, heads)
         if misfit and convert is not None:
             with contextlib.suppress(Exception):  # the conversion is for other files than this one
@@ -202,4 +202,4 @@ def backbone_state(
         found = sum(name in state for name in names)
         if found > best:  # the naming that the file most likely follows
             best, words = found, misfit
-    raise InputError(f"{at_fault}: does not fit {timm_config(model)['architecture']}: {words}")
+    raise InputError(f"{at_fault}: does not fit {model.pretrained_cfg['architecture']}: {words}")

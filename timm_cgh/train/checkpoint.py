@@ -18,20 +18,15 @@ from .portable import read_portable
 __all__ = ['RunSaver', 'position', 'read_checkpoint']
 
 
-def read_checkpoint(path: str, mmap: bool = False) -> Dict[str, Any]:
+def read_checkpoint(path: str) -> Dict[str, Any]:
     """Content of a checkpoint of a pre-training run: a torch file, or the safetensors file that `publish.py` uploads.
 
-    Args:
-        path: the file
-        mmap: leave the tensors of a torch file on disk until they are used
+    The tensors of a torch file stay on disk until they are used.
 
     Raises:
         InputError: no such file, not readable, or not a checkpoint of a pre-training run
     """
-    if path.endswith('.safetensors'):
-        state = read_portable(path)
-    else:
-        state = read_file(path, 'resume', mmap=mmap)
+    state = read_portable(path) if path.endswith('.safetensors') else read_file(path, 'resume', mmap=True)
     if not isinstance(state.get('task_state'), dict) or not isinstance(state.get('progress'), dict):
         raise InputError(
             f'resume={path}: not a checkpoint of a pre-training run (weights alone: `initial_checkpoint`)')

@@ -1,5 +1,5 @@
 """Evaluation of a backbone while it trains: kNN accuracy with labels, measures of quality without."""
-import copy
+from dataclasses import dataclass, replace
 from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -56,8 +56,7 @@ class KnnMonitor:
 
     def pixels(self) -> Optional[Accuracy]:
         """The same with raw pixels (at most 32 x 32) as features: a baseline."""
-        extractor = copy.copy(self.extractor)
-        extractor.amp_dtype = None
+        extractor = replace(self.extractor, amp_dtype=None)
         config = extractor.data_config
         return self._accuracy(Pixels(config['mean'], config['std']).to(extractor.process.device), extractor)
 
@@ -83,6 +82,7 @@ class KnnMonitor:
         return extract_features(model, loader, e.process.device, e.amp_dtype, e.channels_last)
 
 
+@dataclass
 class QualityMonitor:
     """RankMe, alignment and uniformity (see `timm_cgh.eval.quality`) of a backbone on fixed views of training images.
 
@@ -92,17 +92,10 @@ class QualityMonitor:
         amp_dtype, channels_last: see `extract_features`
     """
 
-    def __init__(
-            self,
-            loader: ViewLoader,
-            to_device: ViewsToDevice,
-            amp_dtype: Optional[torch.dtype] = None,
-            channels_last: bool = False,
-    ):
-        self.loader = loader
-        self.to_device = to_device
-        self.amp_dtype = amp_dtype
-        self.channels_last = channels_last
+    loader: ViewLoader
+    to_device: ViewsToDevice
+    amp_dtype: Optional[torch.dtype] = None
+    channels_last: bool = False
 
     def __call__(self, model: nn.Module) -> Dict[str, float]:
         """`rankme` and `uniformity` of the teacher's view, `alignment` of it with the student's full-size view."""

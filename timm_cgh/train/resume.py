@@ -59,7 +59,7 @@ def find_checkpoint(folder: str) -> Optional[ResumePoint]:
     ):
         for path in _files(folder, *patterns):
             try:
-                point = ResumePoint(path, read_checkpoint(path, mmap=True))
+                point = ResumePoint(path, read_checkpoint(path))
             except InputError as error:
                 _logger.warning(f'skipped: {error}')
                 broken = str(error)
@@ -83,7 +83,7 @@ def _open_resume(resume: Optional[str], folder: str) -> Optional[ResumePoint]:
         repo_id, revision = split_hub_name(resume)
         with checking('resume', resume, RuntimeError):
             resume = fetch(repo_id, TASK_FILE, revision)
-    state, newest = read_checkpoint(resume, mmap=True), None
+    state, newest = read_checkpoint(resume), None
     with suppress(InputError):  # the folder's own are all broken
         newest = find_checkpoint(folder)
     return ResumePoint(resume, state, newest is not None and position(newest.state) > position(state))

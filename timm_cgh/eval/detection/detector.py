@@ -15,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from timm_cgh.errors import InputError
 from timm_cgh.files import atomic_path
-from timm_cgh.models.backbone import create_backbone, timm_config
+from timm_cgh.models.backbone import create_backbone
 
 from .maps import BackboneMaps, MapLayout, SimplePyramid, last_stage, measure_maps
 from .parts import Anchors, Heads, ImageBatch, L1ProposalNetwork, ProposalHead, RegionAlign, RegionPredictor
@@ -193,7 +193,7 @@ def save_detector(detector: GeneralizedRCNN, path: Union[str, Path]) -> None:
     `create_model` for the backbone.
     """
     body = detector.backbone.body
-    metadata = dict(detector.config, model=timm_config(body)['architecture'], model_kwargs=get_model_args(body))
+    metadata = dict(detector.config, model=body.pretrained_cfg['architecture'], model_kwargs=get_model_args(body))
     with atomic_path(path) as temporary:
         save_model(detector, str(temporary), metadata={_METADATA: json.dumps(metadata)})
 

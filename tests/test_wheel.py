@@ -124,10 +124,12 @@ def test_from_photographs_to_a_published_classifier(wheel, images):
     assert counts == [42, 18, 1, 1]
 
     trained = f"local-dir:{REPOSITORY / 'weights' / 'cgh_resnet50'}"  # two epochs do not tell noise from texture
-    call('neighbours', '--model', trained, '--threshold', 0.9, '--data-dir', 'photos', '-o', 'alike', *cpu)
+    find = partial(call, 'neighbours', '--model', trained, '--data-dir', 'photos', *cpu)
+    find('-o', 'alike', '--img-size', 32)  # the size of the smaller copy
     pairs = {frozenset((row['file_name_1'], row['file_name_2'])) for row in read_rows(images / 'alike/duplicates.csv')}
     assert {frozenset(('000.jpg', name)) for name in ('copy.jpg', 'half.png')} <= pairs
-    outliers = [row['file_name'] for row in read_rows(images / 'alike/outliers.csv')]
+    find('-o', 'odd')
+    outliers = [row['file_name'] for row in read_rows(images / 'odd/outliers.csv')]
     assert len(outliers) == 603 and 'noise.png' in outliers[:5]
     assert first_columns(images / 'alike/images.unreadable.txt') == ['broken.jpg']
 

@@ -27,8 +27,7 @@ except ImportError:
 
 __all__ = [
     'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_pixels', 'image_name',
-    'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8',
-    'upright_size']
+    'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8', 'upright_size']
 
 MAX_PIXELS = 2 * 89478485  # what Pillow decodes at most
 _GOLDEN = (math.sqrt(5) - 1) / 2

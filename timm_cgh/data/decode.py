@@ -4,7 +4,7 @@ import struct
 import tarfile
 import zlib
 from contextlib import suppress
-from typing import Any, BinaryIO, Callable, List, NamedTuple, Optional, Tuple, TypeGuard, Union
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple, TypeGuard, Union
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -320,12 +320,16 @@ def read_or_substitute(
     """
     if not 0 <= index < len(dataset):
         raise IndexError(f'image {index} of {len(dataset)}')
-    unreadable: List[str] = []
+    unreadable: Dict[int, str] = {}
     count = len(dataset)
-    for place in dict.fromkeys((index + int(step * _GOLDEN * count)) % count for step in range(_MAX_TRIED)):
+    for step in range(_MAX_TRIED):
+        place = (index + int(step * _GOLDEN * count)) % count
+        if place in unreadable:
+            continue
         try:
-            return *read_image(dataset, place, None, convert), unreadable
+            return *read_image(dataset, place, None, convert), list(unreadable.values())
         except UNREADABLE as error:
-            unreadable.append(f'{image_name(dataset, place)} ({reason(error, 200)})')
+            unreadable[place] = f'{image_name(dataset, place)} ({reason(error, 200)})'
     raise InputError(
-        f'data_dir: most images cannot be read: none of {len(unreadable)} that were tried, {unreadable[0]} among them')
+        f'data_dir: most images cannot be read: none of {len(unreadable)} that were tried, {unreadable[index]} among '
+        f'them')

@@ -110,7 +110,8 @@ def test_planted_duplicates_are_all_found(shared_data, tmp_path):
                 planted.add((f'{number:02d}.png', f'{number:02d}-{kind}'))
     (folder / 'broken.png').write_bytes(b'no image')
 
-    neighbours(tmp_path / 'out', '--model', f'local-dir:{WEIGHTS}', '--data-dir', folder, '--rows', '3', plots=True)
+    neighbours(tmp_path / 'out', '--model', f'local-dir:{WEIGHTS}', '--data-dir', folder, '--rows', '3',
+               '--img-size', '32', plots=True)
     pairs = {frozenset(list(row.values())[:2]) for row in read_table(tmp_path / 'out' / 'duplicates.csv')}
     assert {frozenset(pair) for pair in planted} <= pairs
     assert all(len({name[:2] for name in pair}) == 1 for pair in pairs)  # and nothing else

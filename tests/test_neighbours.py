@@ -111,7 +111,7 @@ def test_planted_duplicates_are_all_found(shared_data, tmp_path):
     (folder / 'broken.png').write_bytes(b'no image')
 
     neighbours(tmp_path / 'out', '--model', f'local-dir:{WEIGHTS}', '--data-dir', folder, '--rows', '3',
-               '--img-size', '32', plots=True)
+               '--img-size', '32', plots=True)  # the size of the smallest copy
     pairs = {frozenset(list(row.values())[:2]) for row in read_table(tmp_path / 'out' / 'duplicates.csv')}
     assert {frozenset(pair) for pair in planted} <= pairs
     assert all(len({name[:2] for name in pair}) == 1 for pair in pairs)  # and nothing else

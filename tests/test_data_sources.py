@@ -244,7 +244,7 @@ def test_a_bug_on_the_way_keeps_its_type(tmp_path, monkeypatch, error):
     def buggy(*args, **kwargs):
         raise error('a bug')
 
-    monkeypatch.setattr('timm_cgh.data.sources.FolderReader', buggy)
+    monkeypatch.setattr('timm_cgh.data.sources.FileReader', buggy)
     with pytest.raises(error, match='a bug'):
         open_dataset('', str(write_classes(tmp_path / 'images', 2)), input_key='.png')
 

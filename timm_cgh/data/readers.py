@@ -4,7 +4,8 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from PIL import Image
 from timm.data.readers.class_map import load_class_map
@@ -21,7 +22,7 @@ try:
 except ImportError:  # the constructor of timm's reader raises
     wds = None
 
-__all__ = ['FolderReader', 'ShardReader', 'TarReader', 'image_endings', 'list_tars']
+__all__ = ['FileReader', 'ShardReader', 'image_endings', 'list_tars']
 
 _logger = logging.getLogger('data')
 _FORMATS = {  # still images; Pillow reads videos, fonts and documents as well
@@ -86,8 +87,8 @@ def _walk_tar(
         path: str,
         ignored: Counter,
         file: BinaryIO,
-        start: int = 0,
         inner: Folders = (),
+        start: int = 0,
 ) -> Iterator[Tuple[Folders, _File]]:
     """Files of a tar and of the tars in it, each of which is a folder."""
     with tarfile.open(fileobj=file, mode='r:') as tar:
@@ -99,9 +100,16 @@ def _walk_tar(
                 ignored['hidden'] += 1
             elif member.isfile() and ending.lower() == '.tar':
                 inside = tar.extractfile(member)
-                yield from _walk_tar(path, ignored, inside, offset, (*inner, stem))  # type: ignore[arg-type]
+                yield from _walk_tar(path, ignored, inside, (*inner, stem), offset)  # type: ignore[arg-type]
             elif member.isfile():
                 yield (*inner, *folders), _File(member.name, -1, path, offset, member.size)
+
+
+def _walk_tars(root: str, ignored: Counter) -> Iterator[Tuple[Folders, _File]]:
+    """Files of a tar, or of the tars in a folder, each of which is a folder."""
+    for path in [root] if os.path.isfile(root) else list_tars(root):
+        with open(path, 'rb') as file:
+            yield from _walk_tar(path, ignored, file, () if path == root else (Path(path).stem,))
 
 
 def list_tars(folder: str) -> List[str]:
@@ -109,6 +117,18 @@ def list_tars(folder: str) -> List[str]:
     return sorted(
         entry.path for entry in os.scandir(folder)
         if entry.name.lower().endswith('.tar') and entry.is_file() and not _is_hidden(entry.name))
+
+
+def _find_images(walk: Callable, root: str, endings: Set[str]) -> Tuple[List[Tuple[Folders, _File]], Counter]:
+    """Files with one of these endings, and how many others there are of each kind."""
+    found, ignored = [], Counter[str]()
+    for folders, file in walk(root, ignored):
+        ending = os.path.splitext(file.name)[1].lower()
+        if ending in endings:
+            found.append((folders, file))
+        else:
+            ignored[ending or 'without ending'] += 1
+    return found, ignored
 
 
 def _classify(paths: Sequence[Folders], class_to_idx: Optional[Dict[str, int]]) -> Tuple[List[str], Dict[str, int]]:
@@ -126,13 +146,15 @@ def _classify(paths: Sequence[Folders], class_to_idx: Optional[Dict[str, int]]) 
     return names, {name: number for number, name in enumerate(sorted({*names} - {''}, key=natural_key))}
 
 
-class _FileReader(Reader):
-    """Reader of the images among listed files, in the natural order of their names.
+class FileReader(Reader):
+    """Reader of the images in a folder or an uncompressed tar, of class folders or none, in the natural order of names.
+
+    A folder without images may hold such tars, one per class. An image in a tar is read at its offset, because opening
+    the tar anew takes a fifth of the time that decoding takes. No index is cached beside the tar, as timm does above
+    10 GB: it would outlive changes of the tar.
 
     Args:
         root: folder or tar
-        files: (folders below the root, file), without hidden ones
-        ignored: counts what is left out, by its kind
         class_map: class name -> number, or a file of them; images of other classes are left out
         input_key: endings of the images, separated by `;`; default those of still images that Pillow reads
         bands: whether images have other than 1 or 3 channels: NumPy files are images too
@@ -141,25 +163,13 @@ class _FileReader(Reader):
         RuntimeError: no image
     """
 
-    def __init__(
-            self,
-            root: str,
-            files: Iterable[Tuple[Folders, _File]],
-            ignored: Counter,
-            class_map: Any = '',
-            input_key: Optional[str] = None,
-            bands: bool = False,
-    ):
+    def __init__(self, root: str, class_map: Any = '', input_key: Optional[str] = None, bands: bool = False):
         super().__init__()
         self.root = root
         endings = {*input_key.lower().split(';')} if input_key else {*image_endings(), *(('.npy',) if bands else ())}
-        found = []
-        for folders, file in files:
-            ending = os.path.splitext(file.name)[1].lower()
-            if ending in endings:
-                found.append((folders, file))
-            else:
-                ignored[ending or 'without ending'] += 1
+        found, ignored = _find_images(_walk_tars if os.path.isfile(root) else _walk, root, endings)
+        if not found and os.path.isdir(root) and list_tars(root):
+            found, ignored = _find_images(_walk_tars, root, endings)
         names, self.class_to_idx = _classify(
             [folders for folders, _ in found], load_class_map(class_map, root) if class_map else None)
         self.samples = sorted(
@@ -201,42 +211,6 @@ class _FileReader(Reader):
         return path if absolute else os.path.relpath(path, self.root)
 
 
-class FolderReader(_FileReader):
-    """Reader of a folder of images, of class folders or none.
-
-    Args:
-        root: the folder
-        kwargs: see `_FileReader`
-    """
-
-    def __init__(self, root: str, **kwargs: Any):
-        ignored: Counter = Counter()
-        super().__init__(root, _walk(root, ignored), ignored, **kwargs)
-
-
-class TarReader(_FileReader):
-    """Reader of an uncompressed tar of images, with class folders or none, or of a folder of such tars, one per class.
-
-    An image is read at its offset, because opening the tar anew takes a fifth of the time that decoding takes. No
-    index is cached beside the tar, as timm does above 10 GB: it would outlive changes of the tar.
-
-    Args:
-        root: tar, or folder of tars
-        kwargs: see `_FileReader`
-    """
-
-    def __init__(self, root: str, **kwargs: Any):
-        ignored: Counter = Counter()
-        super().__init__(root, self._files(root, ignored), ignored, **kwargs)
-
-    @staticmethod
-    def _files(root: str, ignored: Counter) -> Iterator[Tuple[Folders, _File]]:
-        for path in [root] if os.path.isfile(root) else list_tars(root):
-            with open(path, 'rb') as file:
-                stem = os.path.splitext(os.path.basename(path))[0]
-                yield from _walk_tar(path, ignored, file, inner=() if path == root else (stem,))
-
-
 _PIXEL = b'P5 1 1 255\n\0'  # timm decodes an image with each label
 
 
@@ -255,7 +229,7 @@ class ShardReader(ReaderWds):
     `unreadable`, which the caller empties.
 
     Args:
-        input_key: extensions of the images, separated by `;`; default those of `FolderReader`
+        input_key: extensions of the images, separated by `;`; default those of `FileReader`
         decoding: of the images
         args, kwargs: those of timm's `ReaderWds`
     """

@@ -6,7 +6,6 @@ import re
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import STL10
 
@@ -16,7 +15,7 @@ from timm_cgh.errors import InputError, checking, reason
 from .decode import MAX_PIXELS, Decoding
 from .digits import Digits
 from .labels import whole
-from .readers import FolderReader, ShardReader, TarReader, list_tars
+from .readers import FileReader, ShardReader, list_tars
 
 __all__ = [
     'check_disjoint', 'create_decoding', 'data_name', 'find_split_folder', 'image_mode', 'is_stream', 'num_images',
@@ -189,24 +188,12 @@ def _check_name(dataset: str, data_dir: str, split: str, split_parameter: str) -
         raise InputError(f'dataset={dataset}: no such folder: {source}')
 
 
-def _open_files(root: str, **options: Any) -> Reader:
-    """Reader of a folder, a tar, or a folder of tars."""
-    if os.path.isfile(root):
-        return TarReader(root, **options)
-    try:
-        return FolderReader(root, **options)
-    except RuntimeError:  # no images
-        if not list_tars(root):
-            raise
-    return TarReader(root, **options)
-
-
 def _open(dataset: str, decoding: Decoding, download: bool, trust_remote_code: bool, **options: Any) -> Dataset:
     """Open a data set; `options` are those of timm's `create_dataset`."""
     root, split = options['root'], options['split']
     if not dataset:
         reader_options = {key: options[key] for key in ('class_map', 'input_key', 'target_key') if key in options}
-        reader = _open_files(root, bands=decoding.mode.isdigit(), **reader_options)
+        reader = FileReader(root, bands=decoding.mode.isdigit(), **reader_options)
         return ImageDataset(root, reader=reader, input_img_mode='' if decoding.mode.isdigit() else decoding.mode)
     if dataset.lower() == 'torch/stl10':
         return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)

@@ -1,4 +1,5 @@
 """Views of the images of a data set, map-style or a stream, and the order in which they come."""
+from dataclasses import dataclass, field
 from typing import Any, Iterator, List, Sequence, Tuple
 
 import torch
@@ -13,6 +14,7 @@ from .views import ViewSpec, cut_views
 __all__ = ['EpochBatchSampler', 'ViewDataset', 'ViewStream']
 
 
+@dataclass(eq=False)
 class ViewDataset(Dataset):
     """Views of the images of a map-style data set, indexed by (epoch, index).
 
@@ -24,11 +26,9 @@ class ViewDataset(Dataset):
         specs: the views of each image
         seed: of all random choices (see `timm_cgh.data.views`)
     """
-
-    def __init__(self, dataset: Dataset, specs: Sequence[ViewSpec], seed: int):
-        self.dataset = dataset
-        self.specs = list(specs)
-        self.seed = seed
+    dataset: Dataset
+    specs: Sequence[ViewSpec]
+    seed: int
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -43,6 +43,7 @@ class ViewDataset(Dataset):
         return views, params, target, index, unreadable
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(Sampler):
     """Batches of (epoch, index) in an order that is a function of seed and epoch.
 
@@ -56,15 +57,13 @@ class EpochBatchSampler(Sampler):
         seed: of the order
         rank, world_size: of this process
     """
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start_batch = 0
+    num_samples: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    epoch: int = field(default=0, init=False)
+    start_batch: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the next epoch and its first batch; the images of the batches before it are not read."""
@@ -83,6 +82,7 @@ class EpochBatchSampler(Sampler):
             yield [(epoch, index) for index in order[start:start + self.batch_size]]
 
 
+@dataclass(eq=False)
 class ViewStream(IterableDataset):
     """Views of the images of a stream (timm's `IterableImageDataset`), in the order of the stream.
 
@@ -95,25 +95,14 @@ class ViewStream(IterableDataset):
         steps: batches per epoch
         rank: of this process
     """
-
-    def __init__(
-            self,
-            dataset: IterableDataset,
-            specs: Sequence[ViewSpec],
-            seed: int,
-            batch_size: int,
-            steps: int,
-            rank: int = 0,
-    ):
-        self.dataset = dataset
-        self.specs = list(specs)
-        self.seed = seed
-        self.batch_size = batch_size
-        self.steps = steps
-        self.decoding = dataset_decoding(dataset)
-        self.rank = rank
-        self.epoch = 0
-        self.start_batch = 0
+    dataset: IterableDataset
+    specs: Sequence[ViewSpec]
+    seed: int
+    batch_size: int
+    steps: int
+    rank: int = 0
+    epoch: int = field(default=0, init=False)
+    start_batch: int = field(default=0, init=False)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the next epoch, which is shorter by `start_batch` batches."""
@@ -153,8 +142,9 @@ class ViewStream(IterableDataset):
         info = torch.utils.data.get_worker_info()
         workers, worker = (1, 0) if info is None else (info.num_workers, info.id)
         batches = len(range(self.start_batch + worker, self.steps, workers))  # the loader takes turns
+        decoding = dataset_decoding(self.dataset)
         stream = self.rank * 4096 + worker  # no two workers draw the same random numbers
         for count, (image, target) in zip(range(batches * self.batch_size), self._images(worker)):
             index = (stream << 40) + count
-            views, params = cut_views(image, self.specs, self.seed, self.epoch, index, self.decoding)
+            views, params = cut_views(image, self.specs, self.seed, self.epoch, index, decoding)
             yield views, params, to_label(target), -1, self._take_unreadable()

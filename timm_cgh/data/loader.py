@@ -9,7 +9,7 @@ from timm_cgh.errors import InputError
 from .sources import is_stream, num_images
 from .view_dataset import EpochBatchSampler, ViewDataset, ViewStream
 from .views import ViewSpec
-from .workers import explain_shared_memory, signals_blocked, start_worker
+from .workers import iterate, start_worker
 
 __all__ = ['Batch', 'ViewLoader', 'create_view_loader']
 
@@ -65,18 +65,7 @@ class ViewLoader:
         return _collate([self.loader.dataset[epoch, index] for index in indices])
 
     def __iter__(self) -> Iterator[Batch]:
-        with signals_blocked():
-            iterator = iter(self.loader)
-        try:
-            with explain_shared_memory():
-                yield from iterator
-        except Exception:
-            # The garbage collector would close the workers' queues before it tells the workers to end (the error and
-            # its traceback refer to each other), and the exit would wait for them.
-            if self.loader.num_workers:
-                iterator._shutdown_workers()
-                self.loader._iterator = None
-            raise
+        return iterate(self.loader)
 
 
 def create_view_loader(

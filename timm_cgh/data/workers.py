@@ -1,16 +1,19 @@
 """Start and end of data workers, which must not react to the signals that stop the run."""
 import atexit
 import multiprocessing
+import re
 import signal
 import weakref
 from contextlib import contextmanager
-from typing import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Iterable, Iterator
 
 import torch
+from torch.utils.data import DataLoader
 
 from timm_cgh.errors import InputError
 
-__all__ = ['STOP_SIGNALS', 'explain_shared_memory', 'iterate', 'signals_blocked', 'start_worker']
+__all__ = ['STOP_SIGNALS', 'iterate', 'signals_blocked', 'start_worker']
 
 STOP_SIGNALS = {getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)}
 _CAN_BLOCK = hasattr(signal, 'pthread_sigmask')  # not on Windows
@@ -51,26 +54,26 @@ def signals_blocked() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@contextmanager
-def explain_shared_memory() -> Iterator[None]:
-    """Say what to do where the shared memory, through which workers send batches, is full: containers have 64 MB."""
+def iterate(loader: Iterable) -> Iterator:
+    """Iterate over a loader. Workers start under `signals_blocked`, those of timm's prefetcher with the first batch.
+
+    Raises:
+        InputError: the shared memory, through which workers send batches, is full: containers have 64 MB
+    """
+    iterator: Any = None
     try:
-        yield
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in ('shared memory', 'bus error', 'Bus error')):
+        with signals_blocked():
+            iterator = iter(loader)
+            batches = iterator if isinstance(loader, DataLoader) else chain(list(islice(iterator, 1)), iterator)
+        yield from batches
+    except Exception as error:
+        # The garbage collector would close the workers' queues before it tells the workers to end (the error and its
+        # traceback refer to each other), and the exit would wait for them.
+        if hasattr(iterator, '_shutdown_workers'):
+            iterator._shutdown_workers()
+            loader._iterator = None  # type: ignore[attr-defined]
+        if isinstance(error, RuntimeError) and re.search('shared memory|[bB]us error', str(error)):
             raise InputError(
                 'workers: the shared memory (/dev/shm) is full; take fewer workers or a smaller `batch_size`, or give '
                 'the container more (docker run --shm-size 8g)') from error
         raise
-
-
-def iterate(loader: Iterable) -> Iterator:
-    """Iterate over a loader whose workers start with the iterator or with the first batch, under `signals_blocked`."""
-    end = object()
-    with explain_shared_memory():
-        with signals_blocked():
-            iterator = iter(loader)
-            item = next(iterator, end)
-        while item is not end:
-            yield item
-            item = next(iterator, end)

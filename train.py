@@ -26,7 +26,7 @@ from timm_cgh.arguments import (
     KeyValues, Parser, add_config_argument, add_dataset_arguments, add_decoding_arguments, add_device_arguments,
     arguments_of, at_least_one, autocast_dtype, deviation, fraction, natural, non_negative, positive)
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
-from timm_cgh.data.fingerprint import fingerprint
+from timm_cgh.data.labels import fingerprint
 from timm_cgh.data.sources import create_decoding
 from timm_cgh.distributed import end_process, init_process
 from timm_cgh.errors import InputError, checking, redact

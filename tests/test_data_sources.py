@@ -19,7 +19,7 @@ from data_files import encode, picture, write_classes, write_images, write_parqu
 from input_errors import refused
 from timm_cgh.data import Digits, image_mode, is_stream, num_images, open_dataset
 from timm_cgh.data.decode import Decoding, decode_image, read_image, read_or_substitute
-from timm_cgh.data.fingerprint import fingerprint
+from timm_cgh.data.labels import fingerprint
 from timm_cgh.errors import InputError, redact
 
 

@@ -9,7 +9,7 @@ from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
 from timm_cgh.data import open_dataset
-from timm_cgh.data.names import file_names
+from timm_cgh.data.labels import file_names
 from timm_cgh.data.sources import create_decoding, source_prefix
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval.features import why_unreadable

@@ -26,8 +26,9 @@ except ImportError:
     pass
 
 __all__ = [
-    'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'dataset_decoding', 'decode_image', 'decode_pixels', 'image_name',
-    'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8', 'upright_size']
+    'MAX_PIXELS', 'UNREADABLE', 'Decoding', 'ImageSubset', 'dataset_decoding', 'decode_image', 'decode_pixels',
+    'image_name', 'open_image', 'read_image', 'read_or_substitute', 'read_thumbnail', 'to_mode', 'to_uint8',
+    'upright_size']
 
 MAX_PIXELS = 2 * 89478485  # what Pillow decodes at most
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -273,6 +274,19 @@ def read_image(
             return convert(open_image(file, decoding), decoding), to_label(target)
     image, target = dataset[index][:2]
     return convert(image, decoding), to_label(target)
+
+
+class ImageSubset(Subset):
+    """Chosen images of a map-style data set, as (PIL image, label) items, decoded as the data set says.
+
+    An unreadable image raises one of `UNREADABLE`, where timm would give another image.
+    """
+
+    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
+        return read_image(self, index)
+
+    def __getitems__(self, indices: List[int]) -> List[Tuple[Image.Image, int]]:
+        return [self[index] for index in indices]
 
 
 def read_thumbnail(dataset: Dataset, index: int) -> Tuple[Image.Image, int]:

@@ -9,10 +9,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_cgh.errors import InputError
 
-from .decode import dataset_decoding
+from .decode import ImageSubset, dataset_decoding
 from .labels import check_class_numbers, class_to_idx, read_labels, to_label
 from .sources import check_disjoint, find_split_folder, open_dataset, source_prefix, splits_overlap
-from .subset import ImageSubset
 
 __all__ = ['open_knn_datasets']
 

@@ -1,13 +1,15 @@
-"""Labels and class numbers of a data set."""
-from typing import Any, Dict, Optional
+"""What is known of the images of a data set without reading them: labels, classes, file names."""
+import hashlib
+import os
+from typing import Any, Dict, Iterable, List, Optional
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import INaturalist
 
 from timm_cgh.errors import InputError
 
-__all__ = ['check_class_numbers', 'class_to_idx', 'read_labels', 'to_label', 'whole']
+__all__ = ['check_class_numbers', 'class_to_idx', 'file_names', 'fingerprint', 'read_labels', 'to_label', 'whole']
 
 
 def to_label(target: Any) -> int:
@@ -68,3 +70,54 @@ def check_class_numbers(train: Dataset, val: Dataset) -> None:
     moved = [name for name, number in class_to_idx(val).items() if numbers.get(name, number) != number]
     if moved:
         raise InputError(f'val_split: class {moved[0]} has another number there than in training, give `class_map`')
+
+
+def _reader_names(dataset: Any) -> List[Optional[str]]:
+    reader: Any = dataset.reader
+    table: Any = getattr(reader, 'dataset', None)
+    key = getattr(reader, 'image_key', None)
+    if key is None or getattr(table, '_indices', None) is not None:
+        return dataset.filenames()
+    # hfds: row by row, timm would read every image as well
+    return [name for chunk in table.data.column(key).chunks for name in chunk.field('path').to_pylist()]
+
+
+def file_names(dataset: Dataset) -> Optional[List[str]]:
+    """Paths of the images below the data set's root, with `/`; None where the source has no names."""
+    if isinstance(dataset, Subset):
+        names = file_names(dataset.dataset)
+        return names and [names[i] for i in dataset.indices]
+    if hasattr(dataset, 'reader'):
+        try:
+            found = _reader_names(dataset)
+        except (AssertionError, AttributeError, KeyError, TypeError):  # Hub data sets whose column has no paths
+            return None
+    elif hasattr(dataset, 'samples'):  # torchvision's
+        found = [os.path.relpath(path, dataset.root) for path, _ in dataset.samples]
+    else:
+        return None
+    return None if None in found else [str(name).replace(os.sep, '/') for name in found]
+
+
+def _digest(items: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f'{item}\n'.encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Digest of the file names and their order; where a data set has none, of its labels and their number.
+
+    No image is read. Of a `Subset`, the whole data set and the indices count. Streams have no order: ''.
+    """
+    if isinstance(dataset, IterableDataset):
+        return ''
+    if isinstance(dataset, Subset):
+        return _digest((fingerprint(dataset.dataset), *dataset.indices))
+    source: Any = getattr(dataset, 'reader', dataset)
+    samples = getattr(source, 'samples', None)
+    if samples is not None:  # ours and torchvision's: the path comes first
+        return _digest(str(sample[0]).removeprefix(str(source.root)) for sample in samples)
+    labels = read_labels(dataset)
+    return _digest((len(dataset), *(() if labels is None else labels)))

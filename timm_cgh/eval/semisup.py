@@ -7,7 +7,7 @@ import numpy as np
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from timm_cgh.data.names import file_names
+from timm_cgh.data.labels import file_names
 from timm_cgh.errors import InputError, checking
 
 from .classifier import classifier_layers

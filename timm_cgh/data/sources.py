@@ -192,8 +192,7 @@ def _open(dataset: str, decoding: Decoding, download: bool, trust_remote_code: b
     """Open a data set; `options` are those of timm's `create_dataset`."""
     root, split = options['root'], options['split']
     if not dataset:
-        reader_options = {key: options[key] for key in ('class_map', 'input_key', 'target_key') if key in options}
-        reader = FileReader(root, bands=decoding.mode.isdigit(), **reader_options)
+        reader = FileReader(root, options['class_map'], options.get('input_key'), bands=decoding.mode.isdigit())
         return ImageDataset(root, reader=reader, input_img_mode='' if decoding.mode.isdigit() else decoding.mode)
     if dataset.lower() == 'torch/stl10':
         return STL10(root, split=_STL10_SPLITS.get(split, split), download=download)
@@ -289,20 +288,19 @@ def _check_opened(opened: Dataset, dataset: str, target_key: Optional[str]) -> N
         raise InputError(f"{f'dataset={dataset}' if dataset else 'data_dir'}: has no images")
 
 
-def _check_applicable(dataset: str, **given: Any) -> None:
-    """Refuse parameters that a source would ignore."""
-    kind = dataset if dataset in ('digits', 'torch/stl10') else source_prefix(dataset)
-    fixed = ('digits', 'torch/stl10', 'torch')
+def _check_applicable(dataset: str, data_dir: str, **given: Any) -> None:
+    """Refuse parameters that a source would ignore, or does not take."""
+    kind = 'torch' if dataset == 'digits' else source_prefix(dataset)
     for parameter, sources in (
-            ('class_map', fixed),
-            ('input_key', ('digits', 'torch/stl10')),
-            ('target_key', ('digits', 'torch/stl10')),
-            ('num_samples', (*fixed, '', 'hfds')),
-            ('in_chans', (*fixed, 'hfids', 'tfds')),
+            ('class_map', ('torch',)),
+            ('input_key', ('torch',)),
+            ('target_key', ('torch', '')),
+            ('num_samples', ('torch', '', 'hfds')),
+            ('in_chans', ('torch', 'hfids', 'tfds')),
     ):
         if given[parameter] and kind in sources:
             value = given[parameter] if isinstance(given[parameter], (int, str)) else ''
-            raise InputError(f"{parameter}={value}: does not apply to {dataset or 'a folder or a tar'}")
+            raise InputError(f"{parameter}={value}: does not apply to {dataset or f'{data_dir}, a folder or a tar'}")
 
 
 def create_decoding(
@@ -367,15 +365,16 @@ def open_dataset(
         InputError: the data set cannot be opened
     """
     dataset, data_dir, split = dataset or '', data_dir or '', split or 'train'
-    decoding = create_decoding(in_chans, pixel_range, max_pixels, exif_orientation)
+    decoding, prefix = create_decoding(in_chans, pixel_range, max_pixels, exif_orientation), source_prefix(dataset)
+    if dataset != 'digits':
+        _check_name(dataset, data_dir, split, split_parameter)
     _check_applicable(
-        dataset, class_map=class_map, input_key=input_key, target_key=target_key, num_samples=num_samples,
+        dataset, data_dir, class_map=class_map, input_key=input_key, target_key=target_key, num_samples=num_samples,
         in_chans=in_chans not in (1, 3) and in_chans)
     if dataset == 'digits':
         with checking(split_parameter, split, ValueError):
             return Digits(split, decoding.mode)
-    _check_name(dataset, data_dir, split, split_parameter)
-    if source_prefix(dataset) == '' or dataset.lower() in _TORCH_FOLDERS:
+    if not prefix or dataset.lower() in _TORCH_FOLDERS:
         data_dir = _find_images(data_dir, split, search_split, split_parameter)
     keys = {key: value for key, value in (('input_key', input_key), ('target_key', target_key)) if value}
     try:
@@ -384,18 +383,13 @@ def open_dataset(
                 dataset, decoding, dataset_download, dataset_trust_remote_code, root=data_dir or None, split=split,
                 class_map=class_map, is_training=is_training, batch_size=batch_size, num_samples=num_samples,
                 seed=seed, **keys)
-    except AttributeError:  # a bug rather than a wrong parameter
+    except (AttributeError, TypeError):  # a bug rather than a wrong parameter
         raise
-    except TypeError as error:
-        key = next((key for key in keys if key in str(error)), None)
-        if key is None:
-            raise
-        raise InputError(f'{key}: does not apply to {dataset or data_dir}') from error
     except Exception as error:  # timm's readers raise whatever their libraries do
-        if source_prefix(dataset) == 'hfds':
+        if prefix == 'hfds':
             _check_image_column(dataset, data_dir or None, split, input_key)
         raise _explain(error, dataset, data_dir, split, split_parameter, dataset_download) from error
-    if source_prefix(dataset) == 'hfds':
+    if prefix == 'hfds':
         images = opened.reader.dataset.data.column(opened.reader.image_key)
         if images.null_count == len(images):  # the library adds the column that it lacks
             _check_image_column(dataset, data_dir or None, split, input_key)

@@ -22,13 +22,7 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
 
     For writers that want a name rather than an open file (safetensors). Who reads `path` meanwhile, or finds it after a
     kill, sees the old content; what a kill leaves is a hidden `.<name>.<process id>.tmp`, which the next writer with
-    that id replaces.
-
-    Args:
-        path: file to write; its folder must exist
-
-    Raises:
-        OSError: the folder is missing or not writable, the disk is full, ...
+    that id replaces. An `OSError` names a file.
     """
     path = Path(path)
     # not tempfile: its files are readable by their owner only, whatever the umask
@@ -49,15 +43,14 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
-    """Open file whose content takes the place of `path` when the block ends without an exception.
+    """Open file whose content takes the place of `path` when the block ends without an exception, see `atomic_path`.
 
     Args:
-        path: file to write; its folder must exist
+        path: file to write
         mode: 'w' (UTF-8, newlines as given: what the csv module asks for) or 'wb'
 
     Raises:
         ValueError: a mode that does not start from an empty file
-        OSError: the folder is missing or not writable, the disk is full, ...
     """
     if mode not in ('w', 'wb'):
         raise ValueError(f"mode is 'w' or 'wb', not {mode!r}")
@@ -149,11 +142,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def write_yaml(path: Union[str, Path], content: Mapping[str, Any]) -> None:
-    """Write plain values by name to a YAML file, in their order.
-
-    Raises:
-        OSError: the file cannot be written
-    """
+    """Write plain values by name to a YAML file, in their order."""
     with atomic_write(path) as file:
         yaml.dump(dict(content), file, _Dumper, default_flow_style=None, sort_keys=False)
 
@@ -168,11 +157,7 @@ def read_json(path: Union[str, Path]) -> Dict[str, Any]:
 
 
 def write_csv(path: Union[str, Path], header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table to a CSV file.
-
-    Raises:
-        OSError: the file cannot be written
-    """
+    """Write a table to a CSV file."""
     with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(header)

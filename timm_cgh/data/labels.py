@@ -27,26 +27,23 @@ def read_labels(dataset: Dataset) -> Optional[np.ndarray]:
         None for a data set without labels
     """
     if isinstance(dataset, Subset):
-        labels = read_labels(dataset.dataset)
-        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
-    reader = getattr(dataset, 'reader', None)
+        all_labels = read_labels(dataset.dataset)
+        return None if all_labels is None else all_labels[np.asarray(dataset.indices, dtype=np.int64)]
+    source: Any = getattr(dataset, 'reader', dataset)
+    labels: Any = getattr(source, 'targets', getattr(source, 'labels', None))  # folder, tar, torchvision, digits
     if isinstance(dataset, INaturalist):
-        return np.array([target for target, _ in dataset.index], dtype=np.int64)
-    if reader is None:  # torchvision, digits
-        labels = next((v for v in (getattr(dataset, k, None) for k in ('targets', 'labels')) if v is not None), None)
-        if labels is None:
-            return None
-        labels = np.asarray(labels)
-        return (labels if labels.ndim == 1 else labels[:, 0]).astype(np.int64)  # QMNIST: the class comes first
-    if hasattr(reader, 'targets'):  # folder, tar
-        return np.asarray(reader.targets, dtype=np.int64)
-    if not hasattr(reader, 'iter_targets'):
+        labels = [target for target, _ in dataset.index]
+    elif hasattr(source, 'iter_targets'):  # hfds
+        targets = source.iter_targets()
+        if not source.remap_class and not source.target_keys and source.label_key in source.dataset.column_names:
+            # a hundred times faster than row by row
+            column = source.dataset.select_columns([source.label_key]).with_format('arrow')[:]
+            targets = column.column(0).to_pylist()
+        labels = [to_label(label) for label in targets]
+    if labels is None:
         return None
-    if not reader.remap_class and not reader.target_keys and reader.label_key in reader.dataset.column_names:
-        # a hundred times faster than row by row
-        column = reader.dataset.select_columns([reader.label_key]).with_format('arrow')[:]
-        return np.array([to_label(label) for label in column.column(0).to_pylist()], dtype=np.int64)
-    return np.array([to_label(label) for label in reader.iter_targets()], dtype=np.int64)
+    labels = np.asarray(labels, dtype=np.int64)
+    return labels if labels.ndim == 1 else labels[:, 0]  # QMNIST: the class comes first
 
 
 def whole(dataset: Dataset) -> Dataset:

@@ -28,8 +28,7 @@ class _FirstImages(IterableDataset):
         self.decoding = dataset_decoding(stream)
 
     def set_loader_cfg(self, **kwargs: Any) -> None:
-        if hasattr(self.stream, 'set_loader_cfg'):
-            self.stream.set_loader_cfg(**kwargs)
+        self.stream.set_loader_cfg(**kwargs)
 
     def __iter__(self) -> Iterator[Tuple[Image.Image, int]]:
         info = torch.utils.data.get_worker_info()

@@ -89,12 +89,10 @@ def find_split_folder(data_dir: str, split: str) -> Optional[str]:
     for root in (data_dir, os.path.join(data_dir, 'images')):
         entries = sorted(os.listdir(root)) if os.path.isdir(root) else []
         for name in (*names, *(f'{name}.tar' for name in names)):
-            path = os.path.join(root, name)
-            if os.path.exists(path):
-                return path
-            alike = [entry for entry in entries if entry.lower() == name.lower()]
-            if alike:
-                return os.path.join(root, alike[0])
+            for entry in (name, *entries):
+                path = os.path.join(root, entry)
+                if entry.lower() == name.lower() and os.path.exists(path):
+                    return path
     return None
 
 

@@ -108,12 +108,10 @@ def two_views(
     check_range('weak_scale', weak_scale or scale)
     check_range('ratio', ratio, math.inf)
     check_range('gaussian_blur_sigma', gaussian_blur_sigma, 100)
-    for name, value in (
-            ('hflip', hflip),
-            ('color_jitter_prob', color_jitter_prob),
-            ('grayscale_prob', grayscale_prob),
-            ('gaussian_blur_prob', gaussian_blur_prob),
-    ):
+    probabilities = dict(
+        hflip=hflip, color_jitter_prob=color_jitter_prob, grayscale_prob=grayscale_prob,
+        gaussian_blur_prob=gaussian_blur_prob)
+    for name, value in probabilities.items():
         if not 0 <= value <= 1:
             raise InputError(f'{name}={value:g}: must be a probability from 0 to 1')
     if len(color_jitter) != 4 or min(color_jitter) < 0 or color_jitter[3] > 0.5:

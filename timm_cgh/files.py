@@ -5,7 +5,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Union
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Literal, Mapping, Sequence, Union
 
 import yaml
 
@@ -42,18 +42,13 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_write(path: Union[str, Path], mode: str = 'w') -> Iterator[IO]:
+def atomic_write(path: Union[str, Path], mode: Literal['w', 'wb'] = 'w') -> Iterator[IO]:
     """Open file whose content takes the place of `path` when the block ends without an exception, see `atomic_path`.
 
     Args:
         path: file to write
         mode: 'w' (UTF-8, newlines as given: what the csv module asks for) or 'wb'
-
-    Raises:
-        ValueError: a mode that does not start from an empty file
     """
-    if mode not in ('w', 'wb'):
-        raise ValueError(f"mode is 'w' or 'wb', not {mode!r}")
     encoding, newline = ('utf-8', '') if mode == 'w' else (None, None)
     with atomic_path(path) as temp, open(temp, mode, encoding=encoding, newline=newline) as file:
         yield file

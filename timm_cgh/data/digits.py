@@ -40,12 +40,8 @@ class Digits(Dataset):
         with np.load(_FILE) as data:
             images, labels = data['images'], data['labels']  # (1797, 8, 8) of 0 to 16, (1797,)
         order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
-        chosen: List[int] = []
-        for digit in range(10):
-            members = order[labels[order] == digit]
-            test = np.arange(len(members)) % _TEST_SHARE == 0
-            chosen.extend(members[test if split == 'validation' else ~test].tolist())
-        chosen.sort()
+        validation = np.concatenate([order[labels[order] == digit][::_TEST_SHARE] for digit in range(10)])
+        chosen = np.isin(np.arange(len(labels)), validation) == (split == 'validation')
         self.decoding = Decoding(mode)
         self.images = np.round(images[chosen].astype(float) * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         self.targets = labels[chosen].tolist()

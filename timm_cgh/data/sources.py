@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
@@ -96,11 +97,6 @@ def find_split_folder(data_dir: str, split: str) -> Optional[str]:
     return None
 
 
-def _within(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath((path, folder)) == folder
-
-
 def _tables_overlap(table: Any, *splits: str) -> bool:
     """Whether two splits of a table of Hugging Face, such as `train[:50%]` and `train+test`, share rows."""
     import datasets
@@ -129,8 +125,9 @@ def splits_overlap(train: Dataset, train_split: str, split: str, dataset: str, d
         return True
     if not dataset or lower in _TORCH_FOLDERS:
         root, names = data_dir or '', (train_split, split)
-        first, second = (find_split_folder(root, name) or (root if name in _TRAIN_NAMES else '') for name in names)
-        return bool(first and second) and (_within(first, second) or _within(second, first))
+        found = [find_split_folder(root, name) or (root if name in _TRAIN_NAMES else '') for name in names]
+        first, second = (Path(path).resolve() for path in found)
+        return all(found) and (first.is_relative_to(second) or second.is_relative_to(first))
     if source_prefix(dataset) == 'hfds':
         return _tables_overlap(whole(train).reader.dataset, train_split, split)
     if lower in _TORCH_TRAIN_VAL:

@@ -50,7 +50,7 @@ class BaselineTask(MomentumTask):
         state: modules of the criterion whose buffers (a centre, a bank) belong in a checkpoint
         teacher: for the methods that have one
         momentum: m of Eq. 7
-        device: see `timm.task.TrainingTask`
+        **kwargs: see `MomentumTask`
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class BaselineTask(MomentumTask):
             state: Sequence[nn.Module] = (),
             teacher: Optional[BaselineEncoder] = None,
             momentum: float = 0.999,
-            device: Optional[torch.device] = None,
+            **kwargs: Any,
     ):
-        super().__init__(student, teacher, momentum, device=device)
+        super().__init__(student, teacher, momentum, **kwargs)
         self.criterion = criterion
         self.state = nn.ModuleList(state)
         self.to(device=self.device, dtype=self.dtype)
@@ -98,19 +98,12 @@ class BaselineTask(MomentumTask):
         with torch.no_grad():
             return {'loss': loss, 'std_global': spread(F.normalize(outputs[0][0], dim=1))}
 
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+    def get_task_state(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """All state but the student's backbone."""
         # not state_dict(): lightly's bank is not part of it
-        return {**super().get_task_state(module, ema), 'criterion': dict(self.state.named_buffers())}
+        return {**super().get_task_state(), 'criterion': dict(self.state.named_buffers())}
 
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
-        super().load_task_state(state, strict, module, ema)
-        assert state is not None  # or the line above has raised
+    def load_task_state(self, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
+        super().load_task_state(state, strict)
         for name, buffer in self.state.named_buffers():
             buffer.copy_(state['criterion'][name])

@@ -46,7 +46,7 @@ class CGHTask(MomentumTask):
             order: the same effect in a single process (the authors' code uses 8); hypercolumn and heads use the whole
             batch
         bank_labels: store the labels given to `forward` in the banks, for its `observe`; the loss never uses them
-        device, dtype, verbose: see `timm.task.TrainingTask`
+        **kwargs: `device`, `dtype`, `verbose` of `timm.task.TrainingTask`
 
     Raises:
         ValueError: momentum outside [0, 1], a negative warm-up, a bank size or number of splits below 1, or a loss that
@@ -65,9 +65,7 @@ class CGHTask(MomentumTask):
             shuffle_bn: bool = False,
             bn_splits: int = 1,
             bank_labels: bool = False,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
+            **kwargs: Any,
     ):
         if contrast_warmup < 0:
             raise ValueError(f'contrast_warmup must not be negative, got {contrast_warmup}')
@@ -80,7 +78,7 @@ class CGHTask(MomentumTask):
         if bn_splits != 1:
             for encoder in (student, teacher):
                 split_batch_norm(encoder.backbone, bn_splits)
-        super().__init__(student, teacher, momentum, device=device, dtype=dtype, verbose=verbose)
+        super().__init__(student, teacher, momentum, **kwargs)
         self.loss = loss
         names = ('global', 'hyper') if loss.uses_hypercolumn else ('global',)
         self.banks = nn.ModuleDict({name: MemoryBank(bank_size, student.embed_dim, bank_labels) for name in names})
@@ -158,17 +156,10 @@ class CGHTask(MomentumTask):
                 result[f'std_{name}'] = spread(embeddings[0] if embeddings.ndim == 3 else embeddings)
         return result
 
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+    def get_task_state(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """All state except the student's backbone: the student's heads, teacher, banks, number of updates."""
-        return {**super().get_task_state(module, ema), 'banks': self.banks.state_dict()}
+        return {**super().get_task_state(), 'banks': self.banks.state_dict()}
 
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
-        super().load_task_state(state, strict, module, ema)
-        assert state is not None  # or the line above has raised
+    def load_task_state(self, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
+        super().load_task_state(state, strict)
         self.banks.load_state_dict(state['banks'], strict=strict)

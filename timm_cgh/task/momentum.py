@@ -28,7 +28,7 @@ class MomentumTask(TrainingTask):
         student: module to train, with a timm model as `backbone`
         teacher: follows the student's parameters of the same names
         momentum: m of Eq. 7
-        device, dtype, verbose: see `timm.task.TrainingTask`
+        **kwargs: `device`, `dtype`, `verbose` of `timm.task.TrainingTask`
 
     Raises:
         ValueError: momentum outside [0, 1]
@@ -39,11 +39,9 @@ class MomentumTask(TrainingTask):
             student: nn.Module,
             teacher: Optional[nn.Module] = None,
             momentum: float = 0.999,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
+            **kwargs: Any,
     ):
-        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        super().__init__(**kwargs)
         if not 0 <= momentum <= 1:
             raise ValueError(f'momentum must lie in [0, 1], got {momentum}')
         self.student = student
@@ -91,18 +89,17 @@ class MomentumTask(TrainingTask):
         self._ddp = (nn.parallel.DistributedDataParallel(self.student, device_ids=device_ids, **ddp_kwargs),)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+    def compile(self, **kwargs: Any) -> nn.Module:
         """Compile the forward of both encoders in place: names, checkpoints and `student.backbone` stay plain."""
         for encoder in (self.student, self.teacher):
             if encoder is not None:
-                encoder.compile(backend=backend, mode=mode, **compile_kwargs)
+                encoder.compile(**kwargs)
         return self.student.backbone
 
-    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The student's backbone, a plain timm model; None with `ema`: the teacher is no EMA model in timm's sense."""
-        if module is not None:
-            return module
-        return None if ema else self.student.backbone
+    @property
+    def eval_model(self) -> nn.Module:
+        """The plain timm model that timm's `get_eval_model` gives; the teacher is no EMA model in timm's sense."""
+        return self.student.backbone
 
     @torch.no_grad()
     def update_ema(self, step: Optional[int] = None) -> None:
@@ -121,19 +118,13 @@ class MomentumTask(TrainingTask):
                 self._set_teacher_mode(self.training)
         self.num_updates = self.num_updates + 1 if step is None else step
 
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+    def get_task_state(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """All state except the student's backbone: the student's heads, teacher, number of updates."""
         heads = {k: v for k, v in self.student.state_dict().items() if not k.startswith('backbone.')}
         state = {'heads': heads, 'num_updates': self.num_updates}
         return state if self.teacher is None else {**state, 'teacher': self.teacher.state_dict()}
 
-    def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
-    ) -> None:
+    def load_task_state(self, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
         """Load what `get_task_state` returned.
 
         Raises:

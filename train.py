@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import (
     KeyValues, Parser, add_config_argument, add_dataset_arguments, add_decoding_arguments, add_device_arguments,
-    arguments_of, at_least_one, autocast_dtype, deviation, fraction, natural, non_negative, positive)
+    add_input_arguments, arguments_of, at_least_one, autocast_dtype, fraction, natural, non_negative, positive)
 from timm_cgh.data import ViewsToDevice, create_view_loader, is_stream, num_images, open_dataset, open_knn_datasets
 from timm_cgh.data.labels import fingerprint
 from timm_cgh.data.sources import create_decoding
@@ -79,16 +79,7 @@ group.add_argument('--pretrained', action='store_true', help="start from timm's 
 group.add_argument('--initial-checkpoint', metavar='FILE',
                    help='file, run, export or hf-hub:OWNER/NAME of weights to start from; default: none')
 group.add_argument('--features-only', action='store_true', help="timm's features_only wrapper: ends with the last map")
-group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-                   help='further arguments of timm.create_model; default: none')
-group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
-                   help="training size, or height and width; default: the model's")
-group.add_argument('--in-chans', metavar='N', type=int, default=3,
-                   help='3 (colour), 1 (grey), or number of bands of TIFF and NumPy files')
-group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
-                   help="mean of pixels in [0, 1]; default: the model's")
-group.add_argument('--std', nargs='+', type=deviation, metavar='X',
-                   help="standard deviation of pixels in [0, 1]; default: the model's")
+add_input_arguments(group, in_chans=3)
 group.add_argument('--drop-path', type=fraction, metavar='RATE',
                    help="rate of the student's stochastic depth; default: the model's")
 group.add_argument('--grad-checkpointing', action='store_true',

@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 import traceback
-from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, cast
+from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, Tuple, cast
 
 import torch
 from timm.utils import ParseKwargs
@@ -19,9 +19,9 @@ from .models.checkpoints import find_run_arguments
 
 __all__ = [
     'KeyValues', 'Parser', 'add_config_argument', 'add_dataset_arguments', 'add_decoding_arguments',
-    'add_device_arguments', 'add_evaluation_arguments', 'add_image_arguments', 'add_model_arguments',
-    'add_run_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one', 'autocast_dtype', 'deviation',
-    'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
+    'add_device_arguments', 'add_evaluation_arguments', 'add_image_arguments', 'add_input_arguments',
+    'add_model_arguments', 'add_run_arguments', 'add_training_arguments', 'arguments_of', 'at_least_one',
+    'autocast_dtype', 'deviation', 'fraction', 'natural', 'non_negative', 'positive', 'random_seed']
 
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
@@ -155,8 +155,7 @@ class Parser(argparse.ArgumentParser):
             InputError: a file that cannot be read or holds what is no option
         """
         args = self.parse_args(argv, argparse.Namespace(**{a.dest: '' for a in self._actions if a.required}))
-        path = args.config or self._default_for(vars(args))
-        values = self._check(self._read(path), f'config={path}: ') if path else {}
+        path, values = self._read(vars(args))
         args = self.parse_args(argv, argparse.Namespace(**values))
         if self.from_run:
             run, file = find_run_arguments(getattr(args, 'model', None), getattr(args, 'checkpoint', None))
@@ -167,8 +166,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's, for which an option that is required may have its value in the namespace, from a file."""
-        values = vars(namespace or argparse.Namespace())
-        given = [action for action in self._actions if action.required and values.get(action.dest) is not None]
+        given = [a for a in self._actions if a.required and getattr(namespace, a.dest, None) is not None]
         try:
             for action in given:
                 action.required = False
@@ -184,21 +182,22 @@ class Parser(argparse.ArgumentParser):
             InputError: no such option, or a value that its flag would refuse
         """
         given = self._check(values)
-        path = given.get('config') or self._default_for(given)
-        read = self._check(self._read(path), f'config={path}: ') if path else {}
+        path, read = self._read(given)
         return self.parse_args([], argparse.Namespace(**{**read, **given, 'config': path}))
 
-    def _default_for(self, options: Mapping[str, Any]) -> Optional[str]:
-        return None if options.get('data_dir') is not None or options.get('dataset') else self.default_config
-
-    def _read(self, path: str) -> Dict[str, Any]:
+    def _read(self, options: Mapping[str, Any]) -> Tuple[Optional[str], Dict[str, Any]]:
+        """The file that options name (where they name no data, the parser's default) and the options in it."""
+        named = options.get('data_dir') is not None or options.get('dataset')
+        path = options.get('config') or (None if named else self.default_config)
+        if not path:
+            return None, {}
         included = os.path.join(_CONFIGS, os.path.basename(path))
-        if os.path.dirname(path) in ('', 'configs') and not os.path.exists(path) and os.path.exists(included):
-            path = included
+        there = os.path.exists(path) or os.path.dirname(path) not in ('', 'configs') or not os.path.exists(included)
         try:
-            return read_yaml(path)
+            content = read_yaml(path if there else included)
         except InputError as error:
             raise InputError(f'config={error}') from error
+        return path, self._check(content, f'config={path}: ')
 
     def _check(self, values: Mapping[str, Any], where: str = '') -> Dict[str, Any]:
         options = [action for action in self._actions if action.default != argparse.SUPPRESS]  # not --help
@@ -269,18 +268,34 @@ def add_decoding_arguments(group: argparse._ArgumentGroup) -> None:
                        help='turn images as their EXIF tag says')
 
 
-def add_dataset_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options of a labelled data set that depend on its kind."""
+def add_dataset_arguments(group: argparse._ArgumentGroup, labelled: bool = True) -> None:
+    """Add the options of a data set that depend on its kind; `labelled`: with those about its labels."""
     group.add_argument('--dataset-download', action='store_true',
                        help='allow the download of torch/ and other data sets')
     group.add_argument('--dataset-trust-remote-code', action='store_true',
                        help='allow data sets of the Hub to run their own code')
-    group.add_argument('--class-map', metavar='FILE', default='',
-                       help="timm's file of class names and their numbers; default: names in order")
     group.add_argument('--input-key', metavar='NAME',
                        help="column of the images in a table; default: timm's for the data set")
-    group.add_argument('--target-key', metavar='NAME',
-                       help="column of the labels in a table; default: timm's for the data set")
+    if labelled:
+        group.add_argument('--target-key', metavar='NAME',
+                           help="column of the labels in a table; default: timm's for the data set")
+        group.add_argument('--class-map', metavar='FILE', default='',
+                           help="timm's file of class names and their numbers; default: names in order")
+
+
+def add_input_arguments(group: argparse._ArgumentGroup, in_chans: Optional[int] = None) -> None:
+    """Add the arguments of a model, and the images that it takes; `in_chans` is the default of --in-chans."""
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help='further arguments of timm.create_model; default: none')
+    group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
+                       help="side of the images, or height and width; default: the model's")
+    group.add_argument('--in-chans', metavar='N', type=int, default=in_chans,
+                       help='3 (colour), 1 (grey) or number of bands of TIFF and NumPy files' + (
+                           '' if in_chans else "; default: the model's"))
+    group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
+                       help="mean of pixels in [0, 1]; default: the model's")
+    group.add_argument('--std', nargs='+', type=deviation, metavar='X',
+                       help="standard deviation of pixels in [0, 1]; default: the model's")
 
 
 def add_device_arguments(group: argparse._ArgumentGroup) -> None:
@@ -333,11 +348,7 @@ def add_image_arguments(parser: Parser, split: Optional[str] = None) -> None:
     group.add_argument('--split', metavar='NAME', default=split,
                        help='split of the data set, or subfolder of --data-dir' + (
                            '' if split else '; default: all of a folder, else train'))
-    group.add_argument('--dataset-download', action='store_true',
-                       help='allow the download of the data set; default: off')
-    group.add_argument('--dataset-trust-remote-code', action='store_true',
-                       help='allow data sets of the Hub to run their own code; default: off')
-    group.add_argument('--input-key', metavar='NAME', help='column of the images in a table; default: image')
+    add_dataset_arguments(group, labelled=False)
     add_decoding_arguments(group)
     parser.from_run = _DECODING
 
@@ -358,16 +369,7 @@ def add_model_arguments(parser: Parser, results: bool = True) -> None:
                             'export/, or hf-hub:OWNER/NAME; default: those of --model')
     group.add_argument('--teacher', action='store_true', help="the teacher in --checkpoint, a run's last.pth.tar")
     group.add_argument('--no-pretrained', action='store_true', help='random weights, as a baseline')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-                       help='further arguments of timm.create_model; default: none')
-    group.add_argument('--img-size', nargs='+', metavar='PX', type=at_least_one,
-                       help="side, or height and width; default: the model's")
-    group.add_argument('--in-chans', metavar='N', type=int,
-                       help="3 (colour), 1 (grey) or number of bands; default: the model's")
-    group.add_argument('--mean', nargs='+', type=fraction, metavar='X',
-                       help="mean of pixels in [0, 1]; default: the model's")
-    group.add_argument('--std', nargs='+', type=deviation, metavar='X',
-                       help="standard deviation of pixels in [0, 1]; default: the model's")
+    add_input_arguments(group)
     add_run_arguments(parser, results)
 
 

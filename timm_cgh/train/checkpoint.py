@@ -3,7 +3,7 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional
 
 from timm.utils import CheckpointSaver
 from timm.utils.model import unwrap_model
@@ -15,7 +15,7 @@ from timm_cgh.task import MomentumTask
 
 from .portable import read_portable
 
-__all__ = ['RunSaver', 'position', 'read_checkpoint']
+__all__ = ['RunSaver', 'read_checkpoint']
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
@@ -35,11 +35,6 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         if type(progress.get(name)) is not int or not 0 <= progress[name] < 2 ** 40:
             raise InputError(f'resume={path}: broken, its {name} is {progress.get(name)!r}')
     return state
-
-
-def position(state: Dict[str, Any]) -> Tuple[int, int]:
-    """Epoch and batch that a checkpoint continues from, counted from 0."""
-    return state['progress']['epoch'], state['progress']['batch']
 
 
 class RunSaver(CheckpointSaver):

@@ -19,7 +19,7 @@ from timm_cgh.files import make_folder
 from timm_cgh.optim import load_optimizer
 from timm_cgh.task import MomentumTask
 
-from .checkpoint import position, read_checkpoint
+from .checkpoint import read_checkpoint
 from .portable import TASK_FILE
 
 __all__ = [
@@ -38,6 +38,11 @@ class ResumePoint(NamedTuple):
     def progress(self) -> Dict[str, Any]:
         return self.state['progress']
 
+    @property
+    def position(self) -> Tuple[int, int]:
+        """Epoch and batch to continue from, counted from 0."""
+        return self.progress['epoch'], self.progress['batch']
+
 
 def _files(folder: str, *patterns: str) -> List[str]:
     return [path for pattern in patterns for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))]
@@ -46,8 +51,7 @@ def _files(folder: str, *patterns: str) -> List[str]:
 def find_checkpoint(folder: str) -> Optional[ResumePoint]:
     """The most advanced checkpoint of a run's folder: `last` or a recovery file, else an older one that is readable.
 
-    Returns:
-        None where the folder has no checkpoint
+    None where the folder has no checkpoint.
 
     Raises:
         InputError: checkpoints, but none that can be read
@@ -64,7 +68,7 @@ def find_checkpoint(folder: str) -> Optional[ResumePoint]:
                 _logger.warning(f'skipped: {error}')
                 broken = str(error)
                 continue
-            if best is None or position(point.state) > position(best.state):
+            if best is None or point.position > best.position:
                 best = point
         if best is not None:
             return best
@@ -83,10 +87,10 @@ def _open_resume(resume: Optional[str], folder: str) -> Optional[ResumePoint]:
         repo_id, revision = split_hub_name(resume)
         with checking('resume', resume, RuntimeError):
             resume = fetch(repo_id, TASK_FILE, revision)
-    state, newest = read_checkpoint(resume), None
+    point, newest = ResumePoint(resume, read_checkpoint(resume)), None
     with suppress(InputError):  # the folder's own are all broken
         newest = find_checkpoint(folder)
-    return ResumePoint(resume, state, newest is not None and position(newest.state) > position(state))
+    return point._replace(rewind=newest is not None and newest.position > point.position)
 
 
 def find_run(
@@ -101,7 +105,6 @@ def find_run(
         output: folder of all runs
         experiment: name of the run; where it is empty, the time and `default_name`
         resume: `auto` for the run's newest checkpoint, if any; a file; `hf-hub:owner/name`; None to start afresh
-        default_name: of a run without a name
 
     Raises:
         InputError: `auto` without a name, a folder that holds another run, an unusable checkpoint
@@ -130,23 +133,15 @@ def _check_unused(folder: str) -> None:
 
 
 @contextmanager
-def claim_folder(
-        folder: str,
-        output: str,
-        named: bool,
-        fresh: bool,
-        process: Process,
-) -> Iterator[str]:
+def claim_folder(folder: str, output: str, named: bool, fresh: bool, process: Process) -> Iterator[str]:
     """Make the run's folder and lock it against other processes while the block runs.
 
     Collective: every rank must enter.
 
     Args:
-        folder: of `find_run`
-        output: folder of all runs
+        folder, output: see `find_run`
         named: whether the user has named the run; otherwise the folder gets a number where its name is taken
         fresh: whether the run continues from no checkpoint
-        process: this process
 
     Raises:
         InputError: another process trains there, or it cannot be written
@@ -255,7 +250,7 @@ def check_ranks_agree(point: Optional[ResumePoint]) -> None:
     Raises:
         InputError: not all nodes see the same files
     """
-    mine = 'no checkpoint' if point is None else 'epoch {}, batch {}'.format(*position(point.state))
+    mine = 'no checkpoint' if point is None else 'epoch {}, batch {}'.format(*point.position)
     places = all_gather_objects(mine)
     for rank, place in enumerate(places):
         if place != places[0]:

@@ -17,10 +17,10 @@ from .backbone import plain_backbone
 
 __all__ = ['export_backbone']
 
-# what timm records about the architecture's ImageNet checkpoint and is not true of ours
+# what timm keeps about the architecture's ImageNet checkpoint and is not true of ours
 _STOCK_KEYS = (
-    'url', 'file', 'hf_hub_id', 'origin_url', 'paper_ids', 'paper_name', 'license', 'notes', 'source', 'tag',
-    'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'min_input_size',
+    'origin_url', 'paper_ids', 'paper_name', 'license', 'notes', 'tag', 'label_names', 'label_descriptions',
+    'min_input_size',
 )
 
 

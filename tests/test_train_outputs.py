@@ -14,6 +14,7 @@ from script_runner import call_script
 from timm_cgh.data import ViewLoader
 from timm_cgh.progress import Progress
 from timm_cgh.train.checkpoint import read_checkpoint
+from timm_cgh.train.monitor import QualityMonitor
 from timm_cgh.train.outputs import describe_epoch
 from training import TINY, check_refused, make_images, read_summary
 
@@ -61,6 +62,14 @@ def test_the_data_wait_is_that_for_the_loader_alone(images, tmp_path, monkeypatc
     monkeypatch.setattr(Progress, 'waiting', record)
     assert train('--data-dir', images, '--output', tmp_path, '--epochs', 2) == 0
     assert len(timed) == 2 and all(isinstance(batches, ViewLoader) for batches in timed)
+
+
+def test_the_evaluation_is_no_part_of_the_data_wait(images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Progress, 'data_wait', property(lambda _: asked.append('wait') or 0.0))
+    monkeypatch.setattr(QualityMonitor, '__call__', lambda *_: asked.append('evaluation') or {})
+    assert train('--data-dir', images, '--output', tmp_path, '--epochs', 1) == 0
+    assert 'wait' in asked and asked[-1] == 'evaluation'
 
 
 def test_an_unlabelled_run_ends_with_its_nearest_neighbours(loose, tmp_path):

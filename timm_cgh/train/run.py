@@ -24,7 +24,7 @@ from .boards import Boards
 from .build import Backbone
 from .checkpoint import RunSaver
 from .meter import Meter
-from .monitor import Accuracy, KnnMonitor, QualityMonitor
+from .monitor import KnnMonitor, QualityMonitor
 from .outputs import (
     describe_epoch, list_files, warn_if_collapsed, write_neighbours, write_plots, write_settings, write_views)
 from .resume import ResumePoint, check_ranks_agree, is_within, restore
@@ -62,15 +62,10 @@ class Run:
         given: the options as the user gave them, for `args.yaml` and checkpoints
         settings: the settled options (see `settle`)
         folder: of the run
-        process: this process
-        stop: requests to end early
         backbone, task, loader, to_device, optimizer, scheduler, scaler: the parts of the training step
         data_config: size and normalisation of the images
-        images: number of training images
-        fingerprint: of the training images
-        monitor: kNN evaluation, None for none
-        quality: evaluation without labels, None for none
-        tracker: of the teacher's relations, None for none
+        images, fingerprint: number of the training images, and what tells them from others
+        monitor, quality, tracker: evaluation with labels, without, and of the teacher's relations
     """
     given: Dict[str, Any]
     settings: Any
@@ -85,11 +80,11 @@ class Run:
     scheduler: Optional[Scheduler]
     scaler: Optional[NativeScaler]
     data_config: Dict[str, Any]
-    images: int = 0
-    fingerprint: str = ''
-    monitor: Optional[KnnMonitor] = None
-    quality: Optional[QualityMonitor] = None
-    tracker: Optional[RelationTracker] = None
+    images: int
+    fingerprint: str
+    monitor: Optional[KnnMonitor]
+    quality: Optional[QualityMonitor]
+    tracker: Optional[RelationTracker]
 
     def __post_init__(self) -> None:
         self.epoch, self.batch, self.meter = 0, 0, Meter()
@@ -134,7 +129,7 @@ class Run:
             return
         restore(point, self.task, self.optimizer, self.scaler)
         progress = point.progress
-        self.epoch, self.batch = progress['epoch'], progress['batch']
+        self.epoch, self.batch = point.position
         self.knn, self.knn_before, self.knn_pixels = (progress.get(f'knn{name}') for name in ('', '_before', '_pixels'))
         self.one_shot = progress.get('one_shot', {})
         saved = progress.get('order', {})
@@ -269,21 +264,28 @@ class Run:
         self.progress.bar.close()
         if not self.finished:
             return
-        rate = self.progress.images_per_second(self.batch)
-        means = relation_columns(self.meter.read())
         epoch, last = self.epoch, self.epoch + 1 == self.settings.epochs
-        knn, quality = None, {}
+        rate, wait = self.progress.images_per_second(self.batch), self.progress.data_wait
+        row: Dict[str, Any] = {
+            'epoch': epoch,
+            **{f'train_{name}': value for name, value in relation_columns(self.meter.read()).items()},
+            'train_images_per_s': round(rate, 1),
+            'train_data_wait': round(wait, 1),
+        }
+        if math.isfinite(memory := peak_memory(self.process.device)):
+            row['train_peak_memory_mib'] = round(memory)
+        knn = None
         if self.settings.knn_interval and (last or (epoch + 1) % self.settings.knn_interval == 0):
-            if self.monitor is not None:
-                knn = self.monitor(self.task.student.backbone)
-                if knn is not None:
-                    self.knn, self.one_shot['after'] = knn
+            if self.monitor is not None and (knn := self.monitor(self.task.student.backbone)) is not None:
+                self.knn, self.one_shot['after'] = knn
+                row.update(eval_knn=round(knn.knn, 3), eval_one_shot=round(knn.one_shot, 3))
             if self.quality is not None and self.process.primary:
                 quality = self.quality(self.task.student.backbone)
+                row.update({f'eval_{name}': float(f'{value:.5g}') for name, value in quality.items()})
+        row['lr'] = self.optimizer.param_groups[0]['lr']
         self.epoch, self.batch, self.meter = epoch + 1, 0, Meter()
         if not self.process.primary:
             return
-        row = self._row(epoch, means, rate, knn, quality)
         if epoch + 1 > max(self.settings.warmup_epochs, self.settings.contrast_warmup_epochs):
             warn_if_collapsed(row, self.settings.bank_size)
         self.summary.add(row)  # before the checkpoint: a resumed run finds the rows of all epochs that it skips
@@ -299,29 +301,6 @@ class Run:
         interval = self.settings.checkpoint_interval
         if interval and self.epoch and not self.batch and self.epoch % interval == 0:
             self.saver.save_milestone(self.epoch)
-
-    def _row(
-            self,
-            epoch: int,
-            means: Dict[str, float],
-            rate: float,
-            knn: Optional[Accuracy],
-            quality: Dict[str, float],
-    ) -> Dict[str, Any]:
-        """Row of `summary.csv`."""
-        row = {
-            'epoch': epoch,
-            **{f'train_{k}': v for k, v in means.items()},
-            'train_images_per_s': round(rate, 1),
-            'train_data_wait': round(self.progress.data_wait, 1),
-        }
-        if math.isfinite(memory := peak_memory(self.process.device)):
-            row['train_peak_memory_mib'] = round(memory)
-        if knn is not None:
-            row.update(eval_knn=round(knn.knn, 3), eval_one_shot=round(knn.one_shot, 3))
-        row.update({f'eval_{name}': float(f'{value:.5g}') for name, value in quality.items()})
-        row['lr'] = self.optimizer.param_groups[0]['lr']
-        return row
 
     def _export(self) -> None:
         """Write the backbone as it is now, a plain timm model with the tag `<method>_<epochs>ep`, to `export/`."""

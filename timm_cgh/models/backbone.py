@@ -180,11 +180,7 @@ def plain_names(wrapper: Iterable[str], plain: Iterable[str]) -> Dict[str, str]:
     return names
 
 
-def plain_backbone(
-        backbone: nn.Module,
-        img_size: Optional[ImageSize] = None,
-        **model_kwargs: Any,
-) -> nn.Module:
+def plain_backbone(backbone: nn.Module, img_size: Optional[ImageSize] = None, **model_kwargs: Any) -> nn.Module:
     """The plain timm model that a backbone's weights belong to; a plain model is returned as it is.
 
     The weights of a `features_only` wrapper are copied into a new model of the same architecture; its attribute

@@ -34,13 +34,7 @@ class MomentumTask(TrainingTask):
         ValueError: momentum outside [0, 1]
     """
 
-    def __init__(
-            self,
-            student: nn.Module,
-            teacher: Optional[nn.Module] = None,
-            momentum: float = 0.999,
-            **kwargs: Any,
-    ):
+    def __init__(self, student: nn.Module, teacher: Optional[nn.Module] = None, momentum: float = 0.999, **kwargs: Any):
         super().__init__(**kwargs)
         if not 0 <= momentum <= 1:
             raise ValueError(f'momentum must lie in [0, 1], got {momentum}')

@@ -136,11 +136,7 @@ def check_views(task: MomentumTask, views: Sequence[ViewSpec], in_chans: int) ->
                 f'plain ViTs do with `model_kwargs` dynamic_img_size=True') from error
 
 
-def build_tracker(
-        track_relations: Optional[str],
-        task: CGHTask,
-        dataset: Dataset,
-) -> Optional[RelationTracker]:
+def build_tracker(track_relations: Optional[str], task: CGHTask, dataset: Dataset) -> Optional[RelationTracker]:
     """Tracker of the positives that the teacher's relations select; None where none is asked for.
 
     Args:

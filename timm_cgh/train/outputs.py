@@ -48,12 +48,7 @@ def _commit() -> Optional[str]:
     return done.stdout.strip() or None
 
 
-def write_settings(
-        folder: str,
-        given: Mapping[str, Any],
-        settled: Mapping[str, Any],
-        **facts: Any,
-) -> Dict[str, Any]:
+def write_settings(folder: str, given: Mapping[str, Any], settled: Mapping[str, Any], **facts: Any) -> Dict[str, Any]:
     """Write `args.yaml`, the options as given, and `resolved.yaml`, what they came to on this machine.
 
     Args:

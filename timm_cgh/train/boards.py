@@ -10,12 +10,8 @@ from timm_cgh.files import atomic_write
 __all__ = ['Boards', 'check_packages']
 
 
-def check_packages(log_wandb: bool = False, log_tensorboard: bool = False) -> None:
-    """Check that the packages of the experiment trackers are installed.
-
-    Raises:
-        InputError: one is not
-    """
+def check_packages(log_wandb: bool, log_tensorboard: bool) -> None:
+    """Raise `InputError` where the package of an experiment tracker is not installed."""
     for name, wanted in (('wandb', log_wandb), ('tensorboard', log_tensorboard)):
         if wanted and importlib.util.find_spec(name) is None:
             raise InputError(f"log_{name}: needs the {name} package (pip install 'timm-cgh[{name}]')")

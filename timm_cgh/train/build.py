@@ -48,12 +48,9 @@ def build_backbone(
 
     Args:
         model: timm model name
-        in_chans: channels of the images
-        img_size: side of the images, px, or (H, W)
-        pretrained: start from timm's weights
-        initial_checkpoint: start from these weights (see `load_weights`)
-        features_only: build timm's `features_only` wrapper
-        out_indices: maps of that wrapper
+        in_chans, img_size: channels and side of the images, px, or (H, W)
+        pretrained, initial_checkpoint: start from timm's weights, or from these (see `load_weights`)
+        features_only, out_indices: build timm's `features_only` wrapper, with these maps
         drop_path: stochastic depth rate
         grad_checkpointing: recompute activations in the backward pass
         model_kwargs: further arguments of `timm.create_model`
@@ -87,12 +84,9 @@ def build_task(
         method_kwargs: Optional[Mapping[str, Any]] = None,
         **options: Any,
 ) -> MomentumTask:
-    """The training task of a method.
+    """The training task of a method: `cgh`, `moco`, or one of `BASELINES`, which take `method_kwargs` as well.
 
     Args:
-        backbone: timm module
-        method: `cgh`, `moco`, or one of `BASELINES`
-        method_kwargs: further arguments of the baselines
         **options: of `create_task`
 
     Raises:
@@ -162,7 +156,6 @@ def build_optimizer(student: nn.Module, no_decay_norm_bias: bool, **options: Any
     """timm's optimiser, in torch's fused form where there is one.
 
     Args:
-        student: module to train
         no_decay_norm_bias: exempt norms and biases from weight decay
         **options: of `timm.optim.create_optimizer_v2`
 
@@ -197,7 +190,6 @@ def build_scheduler(
         optimizer: whose rates are set
         options: of `timm.scheduler.create_scheduler_v2`, epochs counted from the beginning of the run
         epochs: of the run, warm-up included (timm would add it)
-        updates_per_epoch: optimiser updates
 
     Raises:
         InputError: options that the schedule does not take

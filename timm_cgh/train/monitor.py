@@ -17,14 +17,9 @@ __all__ = ['Accuracy', 'KnnMonitor', 'QualityMonitor']
 
 
 class Accuracy(NamedTuple):
-    """Top-1 in percent.
-
-    Args:
-        knn: by weighted kNN, the best of k in 10, 20, 100, 200 (Sec. 4.2)
-        one_shot: by the nearest of one labelled image per class, see `one_shot_accuracy`
-    """
-    knn: float
-    one_shot: float
+    """Top-1 in percent."""
+    knn: float  # by weighted kNN, the best of k in 10, 20, 100, 200 (Sec. 4.2)
+    one_shot: float  # by the nearest of one labelled image per class, see `one_shot_accuracy`
 
 
 class KnnMonitor:

@@ -55,10 +55,7 @@ def write_settings(folder: str, given: Mapping[str, Any], settled: Mapping[str, 
         folder: of the run
         given: options, good for `--config`
         settled: the same with every default filled in
-        **facts: what else the run depends on
-
-    Returns:
-        content of `resolved.yaml`
+        **facts: what else the run depends on, for `resolved.yaml`, whose content is returned
     """
     versions = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'Pillow', 'numpy')}
     resolved = dict(
@@ -87,10 +84,7 @@ def _spread(count: int) -> List[int]:
 
 
 def write_views(folder: str, loader: ViewLoader, to_device: ViewsToDevice) -> None:
-    """Write `views.png`: some images, and their views as the networks see them in the first epoch.
-
-    Not for streams.
-    """
+    """Write `views.png`: some images, no stream's, and their views as the networks see them in the first epoch."""
     views: Any = loader.loader.dataset
     batch = loader.read(_spread(len(views)))
     warn_if_flat(batch.views[0])
@@ -108,15 +102,7 @@ def write_neighbours(
         data_config: Dict[str, Any],
         device: torch.device,
 ) -> None:
-    """Write `neighbours.png`: some images, and the others whose features are most similar, with the cosine.
-
-    Args:
-        folder: of the run
-        images: map-style
-        model: see `extract_features`
-        data_config: see `create_eval_loader`
-        device: of the model
-    """
+    """Write `neighbours.png`: some (map-style) images, and those of most similar features, with the cosine."""
     loader = create_eval_loader(images, data_config, 64, device=device, numbered=True)
     features, rows = extract_features(model, loader, device)
     queries = _spread(len(features))
@@ -169,10 +155,9 @@ def write_plots(
 
     Args:
         folder: of the run
-        task: whose banks were tracked
+        task: whose banks were tracked, by `selection`
         rows: of `summary.csv`
         knn_baselines: name -> top-1 in percent, None where it was not measured
-        selection: of the tracked relations
     """
     if not rows:
         return

@@ -40,12 +40,7 @@ def _unpack(node: Dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def write_portable(state: Mapping[str, Any], path: Union[str, Path]) -> None:
-    """Write the content of a checkpoint, without the run's arguments, which name its machine.
-
-    Args:
-        state: what `read_checkpoint` returned
-        path: file to write
-    """
+    """Write what `read_checkpoint` returned, without the run's arguments, which name its machine."""
     tensors: Dict[str, torch.Tensor] = {}
     kept = {key: value for key, value in state.items() if key not in _LOCAL_ENTRIES}
     layout = json.dumps({key: _pack(value, key, tensors) for key, value in kept.items()})

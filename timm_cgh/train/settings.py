@@ -92,12 +92,10 @@ def settle(
         world_size: int = 1,
         saved_bank_size: Optional[int] = None,
 ) -> None:
-    """Check the options against each other and fill in those that were left open, in place.
+    """Check the options of `train.py` against each other and fill in those that were left open, in place.
 
     Args:
-        args: options of `train.py`
         num_images: in the training set
-        world_size: number of processes
         saved_bank_size: of the checkpoint that the run continues from, whatever happened to the images since
 
     Raises:

@@ -19,7 +19,6 @@ class Process(NamedTuple):
     """This process among those of the job."""
     device: torch.device = torch.device('cpu')
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
 
     @property
@@ -47,7 +46,7 @@ def init_process(device: str = 'cpu', seed: int = 42) -> Process:
         # also a device that torch names but does not have, and `meta`, which holds no values
         torch.zeros(1, device=found['device']).item()
     random_seed(seed)
-    process = Process(torch.device(found['device']), found['global_rank'], found['local_rank'], found['world_size'])
+    process = Process(torch.device(found['device']), found['global_rank'], found['world_size'])
     if not process.primary:
         for name in ('train', 'eval'):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -102,7 +102,6 @@ class RunSaver(CheckpointSaver):
     def save_checkpoint(self, epoch: int, metric: Optional[float] = None):
         best = super().save_checkpoint(epoch, metric)
         self._remove_recovery()
-        self.curr_recovery_file = self.prev_recovery_file = ''
         return best
 
     def restore(self, state: Dict[str, Any], path: str, rewind: bool) -> None:

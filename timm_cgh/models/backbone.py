@@ -38,10 +38,6 @@ def as_image_size(img_size: Optional[ImageSize]) -> Optional[Union[int, Tuple[in
 def check_model(model: str, model_kwargs: Optional[Mapping[str, Any]] = None) -> None:
     """Check that timm has a model of this name, or that it is a folder (`local-dir:`); the Hub is not asked.
 
-    Args:
-        model: timm model name
-        model_kwargs: further arguments of `timm.create_model`
-
     Raises:
         InputError: unknown to timm, with the most similar names; a folder without a `config.json`; arguments that have
             a parameter of their own
@@ -98,7 +94,6 @@ def create_backbone(name: str, img_size: Optional[ImageSize] = None, **kwargs: A
     Args:
         name: timm model name, also `hf-hub:` and `local-dir:`
         img_size: side of the training images, px, or (H, W)
-        **kwargs: further arguments of `timm.create_model`
 
     Raises:
         InputError: `hf-hub:` weights that cannot be downloaded, or do not have the published hash
@@ -166,11 +161,7 @@ def is_features_only(backbone: nn.Module) -> bool:
 
 
 def plain_names(wrapper: Iterable[str], plain: Iterable[str]) -> Dict[str, str]:
-    """Names of a plain timm model's tensors -> their names in its `features_only` wrapper, where it has them.
-
-    Args:
-        wrapper, plain: keys of the two state dicts
-    """
+    """Names of a plain timm model's tensors -> their names in its `features_only` wrapper, where it has them."""
     own, names = set(wrapper), {}
     for key in plain:
         # timm's wrappers hold either the whole model as `model`, or its children, with nested names joined by `_`

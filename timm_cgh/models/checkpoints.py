@@ -29,8 +29,7 @@ def read_file(path: Union[str, Path], parameter: str = 'checkpoint', mmap: bool 
     """Content of a checkpoint file: safetensors, or whatever `torch.load(weights_only=True)` reads.
 
     Args:
-        path: file
-        parameter: its name in messages
+        parameter: name of the path in messages
         mmap: read tensors when they are used, where the file's format allows it
 
     Raises:
@@ -117,9 +116,8 @@ def load_weights(
 
     Args:
         model: plain timm model with `num_classes=0`; or a `features_only` wrapper, by its own names or a plain model's
-        source: see `find_source`
+        source, parameter: see `find_source`
         teacher: take the averaged network
-        parameter: its name in messages
 
     Returns:
         where in the file the weights were, '' for the top level
@@ -138,14 +136,9 @@ def load_weights(
 
 
 def check_folder(folder: Union[str, Path], architecture: Optional[str] = None) -> Dict[str, Any]:
-    """Check that a folder in timm's hub format is complete and that its weights fit the model that it describes.
+    """Check that a folder in timm's hub format is complete, and that its weights fit the model that it describes.
 
-    Args:
-        folder: holds `config.json` and `model.safetensors`
-        architecture: that it must hold; default any
-
-    Returns:
-        content of `config.json`
+    It must hold the `architecture`, where one is given. Returns the content of `config.json`.
 
     Raises:
         InputError: a file is missing or broken, or the weights are another architecture's

@@ -48,11 +48,7 @@ def _folders() -> Dict[str, Path]:
 
 
 def published(name: str = '') -> List[str]:
-    """Checkpoints that `pretrained=True` can load, an architecture's default first.
-
-    Args:
-        name: of an entry point; default all of them
-    """
+    """Checkpoints that `pretrained=True` can load, of one entry point or all; an architecture's default first."""
     keys = [key for key in dict.fromkeys([*CHECKPOINTS, *_folders()]) if name in ('', key.split('.')[0])]
     return sorted(keys, key=lambda key: '.' in key)
 

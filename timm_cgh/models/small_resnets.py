@@ -83,8 +83,8 @@ def _entry_point(variant: str) -> Callable[..., SmallResNet]:
     name, form = variant.split('_')
 
     def create(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
-        model_args = dict(_BLOCKS[name], stem_pool=form == 's2')
-        return build_model_with_cfg(SmallResNet, variant, pretrained, **dict(model_args, **kwargs))
+        model_args = {**_BLOCKS[name], 'stem_pool': form == 's2', **kwargs}
+        return build_model_with_cfg(SmallResNet, variant, pretrained, **model_args)
 
     create.__name__ = create.__qualname__ = variant  # timm registers it under its name
     return register_model(create)

@@ -141,9 +141,7 @@ def count_relations(
 class RelationTracker:
     """Measures a training step: the teacher's embeddings of a batch against the banks, before they enter them.
 
-    Args:
-        selection: the threshold
-        temperatures: context (`global`, `hyper`) -> temperature of the teacher
+    `temperatures` are the teacher's, by context (`global`, `hyper`).
     """
 
     def __init__(self, selection: Selection, temperatures: Mapping[str, float]):

@@ -73,11 +73,8 @@ class CrossContextLoss(nn.Module):
                 raise ValueError(f'{name} must be positive, got {value}')
             setattr(self, name, value)
         self.context = context
+        self.uses_hypercolumn = context != 'global'
         self.relation_weight = relation_weight
-
-    @property
-    def uses_hypercolumn(self) -> bool:
-        return self.context != 'global'
 
     def forward(
             self,

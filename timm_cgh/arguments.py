@@ -50,12 +50,7 @@ deviation = _number(float, 1e-6, 1, 'a number above 0 (pixels are in [0, 1])')
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]:
-    """The options that a function takes as keyword arguments of the same names; `amp_dtype` see `autocast_dtype`.
-
-    Args:
-        function: a function, or a class for its constructor
-        args: parsed options
-    """
+    """The options that a function or class takes as keyword arguments of their names; `amp_dtype`: `autocast_dtype`."""
     names = inspect.signature(function).parameters
     options = {name: value for name, value in vars(args).items() if name in names}
     return {**options, 'amp_dtype': autocast_dtype(args)} if 'amp_dtype' in options else options
@@ -311,12 +306,7 @@ def add_device_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_evaluation_arguments(parser: Parser, hold_out: bool = False) -> None:
-    """Add the options of an evaluation of classification: the groups Data, Model and Run.
-
-    Args:
-        parser: of the evaluation's script
-        hold_out: whether training images may serve for validation
-    """
+    """Add the groups Data, Model and Run of an evaluation; `hold_out`: training images may serve for validation."""
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR',
                        help='folder of splits of class folders, or root of --dataset; default: none')
@@ -354,12 +344,7 @@ def add_image_arguments(parser: Parser, split: Optional[str] = None) -> None:
 
 
 def add_model_arguments(parser: Parser, results: bool = True) -> None:
-    """Add the options of every job that runs a network: --config and the groups Model and Run.
-
-    Args:
-        parser: of the job's script
-        results: add --output (a folder) and --results-file
-    """
+    """Add the options of every job that runs a network: --config and the groups Model and Run."""
     add_config_argument(parser)
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME',

@@ -56,22 +56,20 @@ def find_checkpoint(folder: str) -> Optional[ResumePoint]:
     Raises:
         InputError: checkpoints, but none that can be read
     """
-    best, broken = None, ''
+    broken = ''
     for patterns in (
             ('last.pth.tar', 'recovery-*.pth.tar'),
             ('checkpoint-*.pth.tar', 'milestone-*.pth.tar', 'model_best.pth.tar'),
     ):
+        points = []
         for path in _files(folder, *patterns):
             try:
-                point = ResumePoint(path, read_checkpoint(path))
+                points.append(ResumePoint(path, read_checkpoint(path)))
             except InputError as error:
                 _logger.warning(f'skipped: {error}')
                 broken = str(error)
-                continue
-            if best is None or point.position > best.position:
-                best = point
-        if best is not None:
-            return best
+        if points:
+            return max(points, key=lambda point: point.position)
     if broken:
         raise InputError(broken)
     return None

@@ -38,15 +38,6 @@ class InfoNCELoss(nn.Module):
             banks: Dict[str, MemoryBank],
             progress: float = 1.0,
     ) -> Dict[str, torch.Tensor]:
-        """
-        Args:
-            student: contexts of one contrastive view (or of several crops), with gradient
-            teacher: contexts of the other contrastive view
-            banks: `global`
-            progress: ignored, there is no warm-up
-
-        Returns:
-            scalar, nats: `loss`
-        """
+        """`loss`, nats, of two contrastive views; see `CrossContextLoss.forward`. No warm-up: `progress` is ignored."""
         return {'loss': info_nce(
             student.global_embed, teacher.global_embed, banks['global'].embeddings, self.contrast_temp)}

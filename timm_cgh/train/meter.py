@@ -2,9 +2,9 @@
 from typing import Any, Dict, Tuple
 
 import torch
-import torch.distributed as dist
+from timm.utils import reduce_tensor
 
-from timm_cgh.distributed import is_distributed
+from timm_cgh.distributed import is_distributed, world_size
 
 __all__ = ['Meter']
 
@@ -31,11 +31,7 @@ class Meter:
         """The sums, averaged over the processes. Collective: every rank must call."""
         if not is_distributed():
             return self.sums
-        averaged = {names: sums.clone() for names, sums in self.sums.items()}
-        for sums in averaged.values():
-            dist.all_reduce(sums)
-            sums /= dist.get_world_size()
-        return averaged
+        return {names: reduce_tensor(sums, world_size()) for names, sums in self.sums.items()}
 
     def read(self) -> Dict[str, float]:
         """name -> mean over steps and processes; waits for the device. Collective: every rank must call."""

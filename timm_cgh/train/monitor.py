@@ -3,8 +3,8 @@ from dataclasses import dataclass, replace
 from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
+from timm.utils import distribute_bn
 from torch.utils.data import Dataset
 
 from timm_cgh.data import ViewLoader, ViewsToDevice, is_stream
@@ -45,8 +45,7 @@ class KnnMonitor:
         (which DDP broadcasts in the next step anyway).
         """
         if self.extractor.process.distributed:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+            distribute_bn(model, self.extractor.process.world_size)
         return self._accuracy(model, self.extractor)
 
     def pixels(self) -> Optional[Accuracy]:

@@ -268,8 +268,6 @@ def start_process(args):
 
 def build_loader(args, dataset, views, process):
     """Loader of the training views."""
-    if is_stream(dataset):
-        _logger.info('A stream: the order of the images depends on --workers and is not restored by --resume')
     loader = create_view_loader(
         dataset,
         views,
@@ -280,7 +278,9 @@ def build_loader(args, dataset, views, process):
         world_size=process.world_size,
         pin_memory=process.device.type == 'cuda' and not args.no_pin_mem,
     )
-    if not is_stream(dataset):
+    if is_stream(dataset):
+        _logger.info('A stream: the order of the images depends on --workers and is not restored by --resume')
+    else:
         loader.read([0])  # images that cannot be read are refused before anything is written
     return loader
 

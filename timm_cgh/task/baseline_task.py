@@ -74,11 +74,7 @@ class BaselineTask(MomentumTask):
             target: Optional[torch.Tensor] = None,
             observe: Optional[Callable] = None,
     ) -> Dict[str, torch.Tensor]:
-        """One step up to the loss.
-
-        Args:
-            views: two contrastive views, (B, C, H, W) normalised images each
-            target, observe: not used
+        """One step up to the loss of two contrastive views, (B, C, H, W) normalised images each.
 
         Returns:
             `loss` and `std_global`, of the first view's projections (see `CGHTask.forward`)

@@ -261,8 +261,7 @@ def start_process(args):
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = args.amp  # relation loss: within 1e-3, its sums in float32
     if args.config == DEFAULT_CONFIG:
-        _logger.info(
-            "No --data-dir and no --dataset: training on UCI's 1,797 handwritten digits (configs/digits.yaml)")
+        _logger.info("No --data-dir and no --dataset: training on UCI's 1,797 handwritten digits (configs/digits.yaml)")
     return process
 
 
@@ -332,8 +331,7 @@ def build_quality(args, dataset, views, to_device):
     if not args.knn_interval or is_stream(dataset) or count < 16:
         return None
     some = np.sort(np.random.default_rng(args.seed).permutation(num_images(dataset))[:count])
-    loader = create_view_loader(
-        Subset(dataset, some.tolist()), views[:2], min(args.batch_size, count), args.seed)
+    loader = create_view_loader(Subset(dataset, some.tolist()), views[:2], min(args.batch_size, count), args.seed)
     return QualityMonitor(loader, to_device, autocast_dtype(args), args.channels_last)
 
 
@@ -364,8 +362,7 @@ def pretrain(args):
         stop = stack.enter_context(StopRequest())
         process = start_process(args)
         check_packages(args.log_wandb, args.log_tensorboard)
-        dataset = open_dataset(
-            **arguments_of(open_dataset, args), split=args.train_split, is_training=True)
+        dataset = open_dataset(**arguments_of(open_dataset, args), split=args.train_split, is_training=True)
         backbone = build_backbone(**arguments_of(build_backbone, args))
         data_config = resolve_data_config(
             backbone.module.pretrained_cfg, interpolation=args.train_interpolation,

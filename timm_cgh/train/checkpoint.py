@@ -28,8 +28,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """
     state = read_portable(path) if path.endswith('.safetensors') else read_file(path, 'resume', mmap=True)
     if not isinstance(state.get('task_state'), dict) or not isinstance(state.get('progress'), dict):
-        raise InputError(
-            f'resume={path}: not a checkpoint of a pre-training run (weights alone: `initial_checkpoint`)')
+        raise InputError(f'resume={path}: not a checkpoint of a pre-training run (weights alone: `initial_checkpoint`)')
     progress = state['progress']
     for name in ('epoch', 'batch'):
         if type(progress.get(name)) is not int or not 0 <= progress[name] < 2 ** 40:

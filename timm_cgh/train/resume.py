@@ -22,8 +22,7 @@ from timm_cgh.task import MomentumTask
 from .checkpoint import read_checkpoint
 from .portable import TASK_FILE
 
-__all__ = [
-    'ResumePoint', 'check_ranks_agree', 'claim_folder', 'find_checkpoint', 'find_run', 'is_within', 'restore']
+__all__ = ['ResumePoint', 'check_ranks_agree', 'claim_folder', 'find_checkpoint', 'find_run', 'is_within', 'restore']
 
 _logger = logging.getLogger('train')
 

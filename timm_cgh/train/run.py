@@ -329,8 +329,7 @@ class Run:
         self._export()
         if self.monitor is None and self.quality is not None and self.data_config['input_size'][0] in (1, 3):
             sample = self.quality.loader.loader.dataset.dataset
-            write_neighbours(
-                self.folder, sample, self.task.student.backbone, self.data_config, self.process.device)
+            write_neighbours(self.folder, sample, self.task.student.backbone, self.data_config, self.process.device)
         baselines = {'kNN, before training': self.knn_before, 'kNN, raw pixels': self.knn_pixels}
         selection = None if self.tracker is None else self.tracker.selection
         write_plots(self.folder, self.task, self.summary.rows, baselines, selection)

@@ -27,6 +27,8 @@ class Hypercolumn(nn.Module):
         super().__init__()
         if not in_chs or min(in_chs) < 1 or dim < 1:
             raise ValueError(f'Hypercolumn needs at least one map and positive widths, got {list(in_chs)} -> {dim}')
+        self.in_chs = tuple(in_chs)
+        self.dim = dim
         self.conv = nn.Conv2d(sum(in_chs), dim, kernel_size=1, bias=False)
         self.norm = norm_layer(dim)
         self.act = nn.ReLU(inplace=True)

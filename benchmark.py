@@ -31,14 +31,8 @@ from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import check_model
 
 COMMANDS = {
-    'step': benchmarks.benchmark_step,
-    'loss': benchmarks.benchmark_loss,
-    'processes': benchmarks.benchmark_processes,
-    'variants': benchmarks.benchmark_variants,
-    'data': benchmarks.benchmark_data,
-    'e2e': benchmarks.benchmark_e2e,
-    'knn': benchmarks.benchmark_knn,
-}
+    name: getattr(benchmarks, f'benchmark_{name}')
+    for name in ('step', 'loss', 'processes', 'variants', 'data', 'e2e', 'knn')}
 
 parser = Parser(__doc__)
 commands = parser.add_subparsers(dest='command', required=True)

@@ -75,18 +75,11 @@ def to_options(args, *names):
     return options
 
 
-def bn_splits(name, args):
-    """Parts of the batch with their own statistics; for MoCo in one process they stand in for its ShuffleBN."""
-    if name in BASELINES:
-        return 1
-    if name != 'moco' or args.bn_splits > 1:
-        return args.bn_splits
-    return next(n for n in (8, 4, 2, 1) if n == 1 or (args.batch_size % n == 0 and args.batch_size >= 2 * n))
-
-
 def method_options(name, args, options):
     """Options of train.py for a method: those that all methods share, then its own."""
-    splits = bn_splits(name, args)
+    splits = 1 if name in BASELINES else args.bn_splits
+    if name == 'moco' and splits == 1:  # in one process, they stand in for its ShuffleBN
+        splits = max((n for n in (2, 4, 8) if args.batch_size % n == 0 and args.batch_size > n), default=1)
     own = () if splits == args.bn_splits else ('--bn-splits', str(splits))
     _, method = METHODS[name]
     return [*options, *method, *own]
@@ -135,8 +128,7 @@ def call(script, options, log):
         process.wait()
         raise
     if code:
-        with open(log, encoding='utf-8') as file:
-            last = file.read().strip().rpartition('\n')[2]
+        last = Path(log).read_text(encoding='utf-8').strip().rpartition('\n')[2]
         _logger.error(f'{script}: exit code {code}: {last} ({log})')
     return code == 0
 
@@ -238,8 +230,7 @@ def main(argv=None):
             save_tables(runs, args.output)
 
     has_chart = save_chart(runs, os.path.join(args.output, 'compare.png'), f'{args.model}, {args.epochs} epochs')
-    with open(os.path.join(args.output, 'compare.md'), encoding='utf-8') as file:
-        print(file.read())
+    print(Path(args.output, 'compare.md').read_text(encoding='utf-8'))
     _logger.info(f"Files in {args.output}: compare.csv, compare.md, runs.csv{', compare.png' if has_chart else ''}")
     if failed:
         _logger.error(f"Failed: {', '.join(failed)}")

@@ -3,7 +3,6 @@ import argparse
 import math
 import statistics
 import time
-from contextlib import nullcontext
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence
 
 import torch
@@ -68,7 +67,7 @@ def memory_of(function: Callable, args: argparse.Namespace, *more: Any) -> float
 
 def autocast(args: argparse.Namespace) -> ContextManager:
     """bfloat16 with `--amp`."""
-    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16) if args.amp else nullcontext()
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
 
 
 def memory_format(args: argparse.Namespace) -> torch.memory_format:

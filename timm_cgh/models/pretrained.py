@@ -1,11 +1,10 @@
 """Registry entry points `cgh_resnet18` and `cgh_resnet50`: plain timm ResNets, and where their CGH weights are."""
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import timm
 import torch.nn as nn
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from timm_cgh.download import fetch_folder, verify
 from timm_cgh.errors import InputError, checking
@@ -95,12 +94,8 @@ def _create(
     """
     architecture, overlay = name.removeprefix('cgh_'), pretrained_cfg_overlay or {}
     kwargs.setdefault('num_classes', 0)
-    key = ''
-    if isinstance(pretrained_cfg, PretrainedCfg):
-        cfg = pretrained_cfg
-    elif isinstance(pretrained_cfg, dict):
-        cfg = PretrainedCfg(**pretrained_cfg)
-    else:
+    key, cfg = '', pretrained_cfg
+    if not cfg or isinstance(cfg, str):
         keys = published(name)
         key = f'{name}.{pretrained_cfg}' if pretrained_cfg else next(iter(keys), '')
         if pretrained_cfg and key not in keys:
@@ -108,7 +103,7 @@ def _create(
             raise InputError(f"{name}: no checkpoint tagged '{pretrained_cfg}' (available: {available})")
         row = {entry: value for entry, value in CHECKPOINTS.get(key, {}).items() if entry != 'hf_hub_id'}
         cfg = _cfg(architecture, **row, tag=key.partition('.')[2] or None)
-    cfg = replace(cfg, **{'architecture': architecture, **overlay})
+    cfg = resolve_pretrained_cfg(name, cfg, {'architecture': architecture, **overlay})
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         return _load_published(name, key, pretrained_cfg_overlay=overlay, **kwargs)
     return timm.models.model_entrypoint(architecture)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)

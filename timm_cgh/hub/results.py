@@ -64,9 +64,9 @@ def read_knn_checks(
 
 
 def _check_model(results: Mapping[str, Any], architecture: str, export: Path, digest: str) -> None:
-    """Refuse results that may be another model's: they must be of weights of that digest, or the last two folders of
-    its path must be those of the export, or they must be a baseline of the same architecture (random weights, raw
-    pixels).
+    """Refuse results that may be another model's: they must be of weights of that digest, or, where none was recorded,
+    the last two folders of its path must be those of the export; or they must be a baseline of the same architecture
+    (random weights, raw pixels).
     """
     if results.get('digest') == digest:
         return  # wherever the export was then
@@ -79,6 +79,8 @@ def _check_model(results: Mapping[str, Any], architecture: str, export: Path, di
         return
     if not same or weights != 'its own':
         raise InputError(f'measured on {model} ({weights} weights), must be on local-dir:{export}')
+    if 'digest' in results:
+        raise InputError(f'measured on other weights than those in {export}')
 
 
 def _parse(results: Mapping[str, Any]) -> Result:
@@ -119,11 +121,9 @@ def read_result(path: Union[str, Path], architecture: str, export: Path, digest:
     try:
         result = _parse(results)
         _check_model(results, architecture, export, digest)
+        return result
     except InputError as error:
         raise InputError(f'results={path}: {error}') from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any other shape
         raise InputError(
             f'results={path}: not what eval_knn.py, eval_linear.py or eval_semisup.py write as JSON') from error
-    if result.own and results.get('digest', digest) != digest:
-        raise InputError(f'results={path}: measured on other weights than those in {export}')
-    return result

@@ -12,7 +12,7 @@ import timm
 
 from timm_cgh.arguments import Parser, arguments_of
 from timm_cgh.errors import InputError
-from timm_cgh.hub.publish import check_repo_id, table_row, upload, write_args, write_classifier, write_folder
+from timm_cgh.hub.publish import check_repo_id, table_row, upload, write_classifier, write_folder
 from timm_cgh.models.backbone import read_config
 from timm_cgh.train.portable import TASK_FILE, write_portable
 from timm_cgh.train.resume import find_checkpoint
@@ -48,7 +48,6 @@ def write_run(args, run, folder):
     facts = write_folder(folder=folder, checkpoint=state, **arguments_of(write_folder, args))
     if args.include_task:
         write_portable(state, folder / TASK_FILE)
-        write_args(folder, facts)
     return facts
 
 

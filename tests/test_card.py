@@ -251,8 +251,6 @@ def test_portable_arguments_are_options_of_train_py(run):
     (lambda folder: change_cfg(folder, input_size=None), 'config.json: its input_size is'),
     (lambda folder: change_cfg(folder, tag=...), 'config.json: has no tag'),
     (lambda folder: (folder / 'export' / 'config.json').unlink(), 'has no config.json'),
-    (lambda folder: export_backbone(create_backbone('test_resnet', num_classes=4), folder / 'export', **CONFIG),
-     'has a classifier of 4 classes'),
     (lambda folder: poke(folder, float('nan')), 'is not finite'),
 ])
 def test_incomplete_or_broken_runs_are_refused_before_the_card_is_written(run, spoil, message):

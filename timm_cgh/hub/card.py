@@ -33,8 +33,7 @@ class Facts(NamedTuple):
     repo_id: str  # `owner/name`
     revision: Optional[str]  # branch, None for main
     config: Dict[str, Any]  # the `config.json`
-    args: Mapping[str, Any]  # the run's `args.yaml`
-    settled: Mapping[str, Any]  # the same with the defaults that depended on the data, where the run wrote them
+    args: Mapping[str, Any]  # the run's `args.yaml`, defaults that depended on the data settled if the run wrote them
     epochs: int  # that the run has completed
     processes: Optional[int]  # that it ran on, None if unknown
     dataset: str  # name of the training images
@@ -90,7 +89,7 @@ def model_card(facts: Facts) -> ModelCard:
     card = ModelCard.from_template(
         _metadata(facts),
         template_path=str(Path(__file__).with_name('model_card.md')),
-        **{**facts._asdict(), 'args': facts.settled},
+        **facts._asdict(),
         architecture=facts.architecture,
         cell=lambda value: str(value).replace('|', '\\|'),  # of a Markdown table
         cfg=cfg,

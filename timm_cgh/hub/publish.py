@@ -16,14 +16,14 @@ from timm_cgh.download import HUB_PREFIX, hub_reason, redact_token
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import (
     atomic_path, atomic_write, epochs_done, read_json, read_resolved, read_rows, read_yaml, write_yaml)
-from timm_cgh.models.checkpoints import check_folder, load_folder, weights_digest
+from timm_cgh.models.backbone import read_config
+from timm_cgh.models.checkpoints import load_folder, weights_digest
 
 from .card import PAPER, Facts, model_card
 from .results import read_knn_checks, read_result
 
 __all__ = [
-    'check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_args', 'write_classifier',
-    'write_folder']
+    'check_repo_id', 'portable_args', 'read_args', 'table_row', 'upload', 'write_classifier', 'write_folder']
 
 # options that hold for one machine or one start only
 _LOCAL_OPTIONS = (
@@ -41,12 +41,9 @@ def check_repo_id(repo_id: str) -> None:
             raise ValueError('must be OWNER/NAME')
 
 
-# of the options that the card computes with
-_KINDS: Dict[Any, Sequence[str]] = {
-    str: ('context', 'dataset', 'model'),
-    int: ('epochs', 'lr_base_size'),
-    dict: ('model_kwargs',),
-    (str, type(None)): ('data_dir', 'val_split'),
+_KINDS: Dict[str, Any] = {  # of the options that the card computes with
+    'context': str, 'dataset': str, 'model': str, 'epochs': int, 'lr_base_size': int, 'model_kwargs': dict,
+    'data_dir': (str, type(None)), 'val_split': (str, type(None)),
 }
 
 
@@ -63,10 +60,9 @@ def read_args(run: Union[str, Path]) -> Dict[str, Any]:
     args = _RunArguments(read_yaml(path))
     if 'momentum_teacher' not in args:
         raise InputError(f'{path}: not the arguments of a run of train.py')
-    for kind, names in _KINDS.items():
-        for name in names:
-            if not isinstance(args[name], kind):
-                raise InputError(f'{path}: its {name} is damaged')
+    for name, kind in _KINDS.items():
+        if not isinstance(args[name], kind):
+            raise InputError(f'{path}: its {name} is damaged')
     ratio = args['ratio']
     if not isinstance(ratio, list) or len(ratio) != 2 or not all(isinstance(value, (int, float)) for value in ratio):
         raise InputError(f'{path}: its ratio is damaged')
@@ -86,18 +82,12 @@ def portable_args(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
     return yaml.safe_load(redact_token(yaml.safe_dump(kept, sort_keys=False)))
 
 
-def write_args(folder: Union[str, Path], facts: Facts) -> None:
-    """Write the run's `args.yaml` for other machines (see `portable_args`)."""
-    write_yaml(Path(folder) / 'args.yaml', portable_args(facts.args, facts.architecture))
-
-
 def _write_weights(export: Path, state: Dict[str, torch.Tensor], target: Path, float16: bool) -> str:
     """Copy `model.safetensors` if its values are finite, rounded if `float16`; returns its SHA-256."""
     source = export / 'model.safetensors'
     if float16:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    bad = [k for k, v in state.items() if not v.isfinite().all()]
-    if bad:
+    if bad := [k for k, v in state.items() if not v.isfinite().all()]:
         where = ' in float16' if float16 else ''
         raise InputError(f'{source}: {bad[0]} is not finite{where} ({len(bad)} such tensors)')
     with atomic_path(target) as temp:
@@ -132,7 +122,7 @@ def write_folder(
         include_task: bool = False,
         checkpoint: Optional[Mapping[str, Any]] = None,
 ) -> Facts:
-    """Write what is published of a run: `model.safetensors`, `config.json`, and the model card `README.md`.
+    """Write what is published of a run, but for its training state: weights, `config.json` and the model card.
 
     Args:
         export: the run's `export/`, beside its `args.yaml` and `summary.csv`
@@ -141,7 +131,7 @@ def write_folder(
         results: JSON files of the evaluation scripts
         dataset: name of the training images in the card; default that of `args.yaml`
         float16: store half precision
-        include_task: the training state is published as well
+        include_task: the training state is published as well; also write its `args.yaml`, see `portable_args`
         checkpoint: content of the run's last checkpoint, if there is one; its weights must be the export's
 
     Returns:
@@ -156,12 +146,10 @@ def write_folder(
     args = read_args(export.parent)
     resolved = read_resolved(export.parent) if (export.parent / 'resolved.yaml').exists() else {}
     rows = read_rows(str(export.parent / 'summary.csv'))
-    config, model = check_folder(export), load_folder(export).eval()
+    model, config = load_folder(export).eval(), read_config(export / 'config.json')
     cfg = config.get('pretrained_cfg', {})
     if lacking := sorted({'crop_pct', 'input_size', 'interpolation', 'mean', 'std', 'tag'} - cfg.keys()):
         raise InputError(f"{export / 'config.json'}: has no {lacking[0]}")
-    if config.get('num_classes'):
-        raise InputError(f"export={export}: has a classifier of {config['num_classes']} classes; give RUN/export")
     checkpoint = checkpoint or dict(state_dict={}, progress={})
     state, trained = model.state_dict(), checkpoint['state_dict']
     if any(name in trained and not torch.equal(value, trained[name]) for name, value in state.items()):
@@ -181,8 +169,7 @@ def write_folder(
             repo_id=repo_id,
             revision=revision,
             config=config,
-            args=args,
-            settled=_RunArguments({**args, **resolved.get('options', {})}),
+            args=_RunArguments({**args, **resolved.get('options', {})}),
             epochs=epochs_done(rows),
             processes=progress.get('order', {}).get('world_size', resolved.get('processes')),
             dataset=dataset,
@@ -194,6 +181,8 @@ def write_folder(
             code=code,
         )
         _write_texts(folder, config, str(model_card(facts)))
+        if include_task:
+            write_yaml(folder / 'args.yaml', portable_args(args, facts.architecture))
     return facts
 
 
@@ -221,7 +210,7 @@ def write_classifier(
     """
     export, folder = Path(export), Path(folder)
     _check_target(export, folder)
-    config, model = check_folder(export), load_folder(export)
+    model, config = load_folder(export), read_config(export / 'config.json')
     if (tag := config.get('pretrained_cfg', {}).get('tag')) != 'finetune':  # of which the card speaks
         raise InputError(f'export={export}: must be a classifier of finetune.py, its tag is {tag}')
     found, digest = [read_json(path) for path in results], weights_digest(model)

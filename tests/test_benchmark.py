@@ -15,9 +15,18 @@ from data_files import write_classes, write_tar
 from input_errors import check_refused
 from script_runner import run_script
 
+TINY = ['--batch-size', 4, '--turns', 2, '--repeats', 1, '--device', 'cpu']
+NETWORK = [*TINY, '--model', 'resnet10t', '--img-size', 32, '--bank-size', 32]
 
-def benchmark(*args):
-    return run_script('benchmark.py', *args)
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """`benchmark(*args)`: the figures, and the lines that were printed."""
+    def call(*args):
+        done = run_script('benchmark.py', *args, '--json', tmp_path / 'figures')
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / 'figures').read_text()), done.stdout.splitlines()
+    return call
 
 
 @pytest.fixture
@@ -25,39 +34,27 @@ def tar(tmp_path):
     return write_tar(tmp_path / 'images.tar', write_classes(tmp_path / 'images', 5, size=40))
 
 
-def test_data_path_is_compared_with_the_official_recipe(tmp_path, tar):
-    done = benchmark('data', '--data-dir', tar, '--img-size', 16, '--batch-size', 4, '--turns', 2,
-                     '--json', tmp_path / 'a')
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'a').read_text())
+def test_data_path_is_compared_with_the_official_recipe(benchmark, tar):
+    result, lines = benchmark('data', '--data-dir', tar, '--img-size', 16, '--batch-size', 4, '--turns', 2)
     ms = result['cpu_ms_per_image']
     assert ms.keys() == {'official', 'uint8', 'whole', 'decode'} and min(ms.values()) > 0 and ms['whole'] > ms['uint8']
     assert result['times_official']['official'] == 1 and len(result['turns']['uint8']) == 2
-    assert [line.split('  ')[0] for line in done.stdout.splitlines()[2:]] == [
+    assert [line.split('  ')[0] for line in lines[2:]] == [
         'official recipe', 'ours, photometric work left to the device', 'ours, photometric work on the same core',
         'floor: full decode alone']
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_training_is_compared_with_its_step_and_its_loader(tmp_path, tar, workers):
-    done = benchmark('e2e', '--data-dir', tar, '--img-size', 32, '--batch-size', 4, '--workers', workers,
-                     '--turns', 2, '--repeats', 1, '--model', 'test_resnet', '--bank-size', 16, '--device', 'cpu',
-                     '--json', tmp_path / 'a')
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'a').read_text())
+def test_training_is_compared_with_its_step_and_its_loader(benchmark, tar, workers):
+    result, lines = benchmark(
+        'e2e', '--data-dir', tar, '--img-size', 32, *TINY, '--workers', workers, '--model', 'test_resnet',
+        '--bank-size', 16)
     assert result['images_per_s'].keys() == {'synthetic', 'loader', 'e2e'} and min(result['images_per_s'].values()) > 0
-    assert 'end to end' in done.stdout
+    assert lines[-1].startswith('end to end')
 
 
-TINY = ['--batch-size', 4, '--turns', 2, '--repeats', 1, '--device', 'cpu']
-NETWORK = [*TINY, '--model', 'resnet10t', '--img-size', 32, '--bank-size', 32]
-
-
-def test_step_is_compared_with_its_floor_and_with_lightlys(tmp_path):
-    pytest.importorskip('lightly', reason='compared with')
-    done = benchmark('step', *NETWORK, '--lightly', '--parts', '--json', tmp_path / 'a')
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'a').read_text())
+def test_step_is_compared_with_its_floor_and_with_lightlys(benchmark):
+    result, _ = benchmark('step', *NETWORK, '--lightly', '--parts')
     parts = {'relation loss', 'its products', 'hypercolumn, heads', 'their SGD', 'teacher update'}
     assert result['ms'].keys() == {'floor', 'cgh', 'lightly'} | parts and min(result['ms'].values()) > 0
     ratios = [cgh / floor for cgh, floor in zip(result['seconds']['cgh'], result['seconds']['floor'])]
@@ -74,22 +71,19 @@ def test_step_and_floor_are_compiled_alike_and_the_peak_is_without_the_floor(mon
 
 
 @pytest.mark.slow
-def test_loss_is_measured_at_several_sizes_of_bank_and_batch(tmp_path):
-    done = benchmark('loss', *TINY, '--bank-size', 4096, '--embed-dim', 16, '--json', tmp_path / 'a')
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'a').read_text())
+def test_loss_is_measured_at_several_sizes_of_bank_and_batch(benchmark):
+    result, _ = benchmark('loss', *TINY, '--bank-size', 4096, '--embed-dim', 16)
     assert result['bank_sizes'] == [512, 1024, 2048, 4096] and len(result['ms']['products']) == 4
     assert result['memory_mib'].keys() == {'4 x 512', '16 x 512', '4 x 4096', '16 x 4096'}
 
 
 @pytest.mark.slow  # eight processes
-def test_every_variant_is_measured(tmp_path):
-    done = benchmark('variants', *NETWORK, '--json', tmp_path / 'a')
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / 'a').read_text())['variants']
+def test_every_variant_is_measured(benchmark):
+    result, lines = benchmark('variants', *NETWORK)
+    rows = result['variants']
     assert rows['global (ReSSL)']['relative_rate'] == rows['global (ReSSL)']['relative_memory'] == 1
     assert rows['cross, predictor, multi-crop']['memory_mib'] > rows['global (ReSSL)']['memory_mib'] > 0
-    assert len(done.stdout.splitlines()) == 2 + len(rows)
+    assert len(lines) == 2 + len(rows)
 
 
 @pytest.mark.slow

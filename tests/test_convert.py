@@ -1,6 +1,7 @@
 """convert.py: the same features in torchvision, detectron2 and ONNX."""
 import json
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import convert as script
 from backbones import equal, randomise
+from input_errors import check_refused
 from timm_cgh import create_task
 from timm_cgh.models import create_backbone
 from timm_cgh.models.export import export_backbone
@@ -101,8 +103,6 @@ def test_detectron2s_resnet_gives_the_same_features(run, name, depth, groups, tm
 
 
 def test_onnxruntime_gives_the_same_features(run, tmp_path):
-    onnxruntime = pytest.importorskip('onnxruntime', reason='no onnxruntime (pip install onnxruntime onnxscript)')
-    pytest.importorskip('onnxscript', reason='torch exports to ONNX with onnxscript')
     folder, images, features = run('test_resnet')
     assert convert(folder, '--to', 'onnx', '-o', tmp_path / 'model.onnx') == 0
     session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
@@ -115,8 +115,6 @@ def test_onnxruntime_gives_the_same_features(run, tmp_path):
 
 
 def test_onnx_keeps_the_head_of_a_classifier_and_its_class_names(tmp_path):
-    onnxruntime = pytest.importorskip('onnxruntime', reason='no onnxruntime (pip install onnxruntime onnxscript)')
-    pytest.importorskip('onnxscript', reason='torch exports to ONNX with onnxscript')
     model = randomise(create_backbone('test_resnet', num_classes=3)).eval()
     names = ['ant', 'bee', 'cow']
     export_backbone(model, tmp_path, input_size=(3, 32, 32), label_names=names, **CONFIG)
@@ -156,26 +154,22 @@ def test_models_that_a_format_does_not_support_are_refused(
         chans = kwargs.get('in_chans', 3)
         model = create_backbone(name, **kwargs)
         export_backbone(model, 'run/export', input_size=(chans, 64, 64), mean=(0.5,) * chans, std=(0.5,) * chans)
-    with pytest.raises(SystemExit) as stop:
-        convert('run', '--to', to, '-o', output)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and part in error and error.count('\n') == 1
-    assert not (tmp_path / output).exists()
+    error = check_refused(capsys, script, ['run', '--to', to, '-o', output], part)
+    assert error.count('\n') == 1 and not (tmp_path / output).exists()
 
 
 def test_weights_that_one_onnx_file_does_not_hold_are_refused(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('timm_cgh.hub.convert._MAX_ONNX', 1e7)
-    with pytest.raises(SystemExit):
-        convert(run('resnet18')[0], '--to', 'onnx', '-o', tmp_path / 'out.onnx')
-    assert '--to onnx: the weights have 0.04 GB, one file holds 0.01' in capsys.readouterr().err
+    check_refused(
+        capsys, script, [run('resnet18')[0], '--to', 'onnx', '-o', tmp_path / 'out.onnx'],
+        '--to onnx: the weights have 0.04 GB, one file holds 0.01')
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_do_not_name_their_model_are_refused(tmp_path, capsys):
     torch.save(create_backbone('test_resnet').state_dict(), tmp_path / 'weights.pth')
-    with pytest.raises(SystemExit):
-        convert(tmp_path / 'weights.pth', '--to', 'torchvision', '-o', tmp_path / 'out.safetensors')
-    assert 'weights.pth: weights of an unknown model' in capsys.readouterr().err
+    args = [tmp_path / 'weights.pth', '--to', 'torchvision', '-o', tmp_path / 'out.safetensors']
+    check_refused(capsys, script, args, 'weights.pth: weights of an unknown model')
 
 
 def test_a_broken_export_is_refused_and_the_old_file_stays(run, tmp_path, capsys):
@@ -183,7 +177,6 @@ def test_a_broken_export_is_refused_and_the_old_file_stays(run, tmp_path, capsys
     (tmp_path / 'config.json').write_bytes((folder / 'export' / 'config.json').read_bytes())
     (tmp_path / 'model.safetensors').write_bytes((folder / 'export' / 'model.safetensors').read_bytes()[:-10])
     (tmp_path / 'out.safetensors').write_text('old')
-    with pytest.raises(SystemExit):
-        convert(tmp_path, '--to', 'torchvision', '-o', tmp_path / 'out.safetensors')
-    assert 'not a complete safetensors file' in capsys.readouterr().err
+    args = [tmp_path, '--to', 'torchvision', '-o', tmp_path / 'out.safetensors']
+    check_refused(capsys, script, args, 'not a complete safetensors file')
     assert (tmp_path / 'out.safetensors').read_text() == 'old'

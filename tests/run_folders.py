@@ -1,5 +1,6 @@
-"""Folders of runs as train.py leaves them, for the tests of what reads them; tables; the order of disk calls."""
+"""Folders of runs as train.py leaves them, for the tests of what reads them; files; the order of disk calls."""
 import csv
+import json
 import os
 
 import yaml
@@ -21,6 +22,13 @@ def write_run(folder, rows, **args):
         summary.add(row)
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     return folder
+
+
+def change_file(path, **values):
+    """Set entries of a JSON or YAML file, which `...` removes."""
+    read, write = (json.loads, json.dumps) if path.suffix == '.json' else (yaml.safe_load, yaml.safe_dump)
+    content = {**read(path.read_text()), **values}
+    path.write_text(write({name: value for name, value in content.items() if value is not ...}))
 
 
 def record_disk_calls(monkeypatch):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm import create_model
 
 from input_errors import refused
+from run_folders import change_file
 from timm_cgh.data import data_name
 from timm_cgh.errors import InputError
 from timm_cgh.hub.publish import check_repo_id, portable_args, read_args, write_folder
@@ -235,13 +236,13 @@ def test_portable_arguments_are_options_of_train_py(run):
 @pytest.mark.parametrize('spoil, message', [
     (lambda folder: (folder / 'args.yaml').unlink(), 'args.yaml: No such file'),
     (lambda folder: (folder / 'args.yaml').write_text('lr: 1'), 'not the arguments of a run'),
-    (lambda folder: change(folder / 'args.yaml', model=18), 'args.yaml: its model is damaged'),
-    (lambda folder: change(folder / 'args.yaml', ratio=[1, None]), 'args.yaml: its ratio is damaged'),
-    (lambda folder: change(folder / 'args.yaml', model_kwargs='a'), 'args.yaml: its model_kwargs is damaged'),
+    (lambda folder: change_file(folder / 'args.yaml', model=18), 'args.yaml: its model is damaged'),
+    (lambda folder: change_file(folder / 'args.yaml', ratio=[1, None]), 'args.yaml: its ratio is damaged'),
+    (lambda folder: change_file(folder / 'args.yaml', model_kwargs='a'), 'args.yaml: its model_kwargs is damaged'),
     (lambda folder: (folder / 'resolved.yaml').write_text('options: 3'), 'resolved.yaml: not of a run'),
     (lambda folder: (folder / 'summary.csv').write_text('epoch,train_loss\n0,many\n'), 'summary.csv: row 1'),
     (lambda folder: (folder / 'export' / 'config.json').write_text('[]'), 'config.json: must hold'),
-    (lambda folder: change(folder / 'export' / 'config.json', architecture=3), 'not the configuration'),
+    (lambda folder: change_file(folder / 'export' / 'config.json', architecture=3), 'not the configuration'),
     (lambda folder: change_cfg(folder, mean=[0.5, 'x', 0.5]), 'config.json: its mean is'),
     (lambda folder: change_cfg(folder, mean=[0.5, float('nan'), 0.5]), 'config.json: its mean is'),
     (lambda folder: change_cfg(folder, std=[0.5, 0, 0.5]), 'config.json: its std is'),
@@ -261,16 +262,10 @@ def test_incomplete_or_broken_runs_are_refused_before_the_card_is_written(run, s
     assert '\n' not in str(error.value) and not (folder / 'hub' / 'README.md').exists()
 
 
-def change(path, **values):
-    read, write = (json.loads, json.dumps) if path.suffix == '.json' else (yaml.safe_load, yaml.safe_dump)
-    content = {**read(path.read_text()), **values}
-    path.write_text(write({name: value for name, value in content.items() if value is not ...}))
-
-
 def change_cfg(folder, **values):
     path = folder / 'export' / 'config.json'
     cfg = {**json.loads(path.read_text())['pretrained_cfg'], **values}
-    change(path, pretrained_cfg={name: value for name, value in cfg.items() if value is not ...})
+    change_file(path, pretrained_cfg={name: value for name, value in cfg.items() if value is not ...})
 
 
 def poke(folder, value):
@@ -289,9 +284,7 @@ def test_float16_that_would_overflow_is_refused(run):
 
 def test_arguments_of_another_version_are_refused(run):
     folder = run()
-    args = yaml.safe_load((folder / 'args.yaml').read_text())
-    del args['grad_accum_steps']
-    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    change_file(folder / 'args.yaml', grad_accum_steps=...)
     with refused('args.yaml', 'has no grad_accum_steps'):
         write(folder)
 

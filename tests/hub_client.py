@@ -76,12 +76,6 @@ def initialised_features(model, initial_checkpoint):
 
 
 @torch.no_grad()
-def shapes(name, in_chans=3, **kwargs):
-    output = timm.create_model(name, pretrained=True, in_chans=in_chans, **kwargs).eval()(eval(IMAGES)[:, :in_chans])
-    return [tuple(o.shape) for o in (output if isinstance(output, list) else [output])]
-
-
-@torch.no_grad()
 def torch_hub_features(name, **kwargs):
     return torch.hub.load(str(REPOSITORY), name, source='local', **kwargs).eval()(eval(IMAGES))
 

@@ -61,6 +61,11 @@ class HubServer:
             server.shutdown()
             server.server_close()
 
+    def environment(self, home):
+        """Variables with which the client comes here, with its cache in `home`."""
+        return dict(HF_ENDPOINT=self.url, HF_TOKEN=WRITER, HF_HOME=str(home), HF_HUB_DISABLE_XET='1',
+                    HF_HUB_DISABLE_PROGRESS_BARS='1')
+
     def fault(self, pattern, what, times=1):
         self.faults.append([re.compile(pattern), what, times])
 
@@ -137,23 +142,17 @@ class Handler(BaseHTTPRequestHandler):
 class Content(Handler):
     """The content network: signed addresses, no login."""
 
-    def download(self, sha256):
+    def transfer(self, sha256):
         if 'Authorization' in self.headers or 'signature=' not in self.path:
             return self.refuse(400, message='only one way to authorise is allowed')
-        self.answer(200, self.hub.objects[sha256], Accept_Ranges='bytes')
-
-    def upload(self, sha256):
-        if 'Authorization' in self.headers or 'signature=' not in self.path:
-            return self.refuse(400, message='only one way to authorise is allowed')
+        if self.command != 'PUT':
+            return self.answer(200, self.hub.objects[sha256], Accept_Ranges='bytes')
         if hashlib.sha256(self.body).hexdigest() != sha256:
             return self.refuse(400, message='another content')
         self.hub.objects[sha256] = self.body
         self.answer(200)
 
-    routes = (
-        (('GET', 'HEAD'), r'/objects/([0-9a-f]{64})', download),
-        (('PUT',), r'/objects/([0-9a-f]{64})', upload),
-    )
+    routes = (('GET', 'HEAD', 'PUT'), r'/objects/([0-9a-f]{64})', transfer),
 
 
 class Api(Handler):

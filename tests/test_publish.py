@@ -49,8 +49,7 @@ def running_hub():
 def env(running_hub, root):
     """Environment of the processes, without the real Hub's address."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
-    return dict(kept, HF_ENDPOINT=running_hub.url, HF_TOKEN=WRITER, HF_HOME=str(root / 'home'), HF_HUB_DISABLE_XET='1',
-                HF_HUB_DISABLE_PROGRESS_BARS='1', OMP_NUM_THREADS='1', PYTHONPATH=str(REPOSITORY))
+    return dict(kept, **running_hub.environment(root / 'home'), OMP_NUM_THREADS='1', PYTHONPATH=str(REPOSITORY))
 
 
 @pytest.fixture(scope='module')
@@ -202,20 +201,6 @@ def test_torch_hub_gives_the_same_features(published, features, client, tmp_path
     name = f'hf-hub:{published.repo_id}'
     assert torch.equal(client(at_client.torch_hub_features, 'cgh', checkpoint=name), features)
     assert torch.equal(client(at_client.torch_hub_features, 'cgh_resnet18', pretrained=True), features)
-
-
-def test_convert_takes_models_of_the_hub(published, run, tmp_path):
-    log = run('convert', f'hf-hub:{published.repo_id}', '--to', 'torchvision', '-o', tmp_path / 'model.safetensors')
-    assert 'torchvision.models.resnet18()' in log
-    ours, theirs = (load_file(folder / 'model.safetensors') for folder in (published.export, tmp_path))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_options_of_timm_pass_through_the_registry(client, published):
-    assert client(at_client.shapes, 'cgh_resnet18', num_classes=7) == [(2, 7)]
-    assert client(at_client.shapes, 'cgh_resnet18', in_chans=1, num_classes=0) == [(2, 512)]
-    maps = client(at_client.shapes, 'cgh_resnet18', features_only=True, out_indices=(3, 4))
-    assert maps == [(2, 256, 1, 1), (2, 512, 1, 1)]
 
 
 def test_pre_training_starts_from_weights_of_the_hub(published, client, features):

@@ -17,7 +17,7 @@ from pyarrow.parquet import read_table
 import conftest
 from conftest import REPOSITORY
 from data_files import encode, picture
-from hub_server import WRITER, HubServer
+from hub_server import HubServer
 from run_folders import read_table as read_rows
 from training import TINY, make_images
 
@@ -149,9 +149,7 @@ def test_from_photographs_to_a_published_classifier(wheel, images):
     assert first_columns(images / 'new.csv.unreadable.txt') == ['broken.jpg']
 
     with HubServer() as hub:
-        online = dict(
-            HF_ENDPOINT=hub.url, HF_TOKEN=WRITER, HF_HOME=str(images / 'home'), HF_HUB_OFFLINE='0',
-            HF_HUB_DISABLE_XET='1')
+        online = dict(hub.environment(images / 'home'), HF_HUB_OFFLINE='0')
         call('publish', classifier, '--repo-id', 'me/birds', '--license', 'apache-2.0', **online)
         assert 'model.safetensors' in str(hub.repositories['me/birds'].__dict__)
     call('convert', classifier, '--to', 'onnx', '-o', 'birds.onnx')

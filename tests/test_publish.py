@@ -25,7 +25,7 @@ from input_errors import refused
 from timm_cgh.download import fetch, fetch_folder
 from timm_cgh.errors import InputError
 from timm_cgh.hub.publish import upload
-from timm_cgh.train.checkpoint import read_checkpoint
+from training import check_equal_checkpoints
 
 RUN = ['--dataset', 'digits', '--model', 'resnet18', '--img-size', '16', '--hidden-dim', '16', '--embed-dim', '8',
        '--bank-size', '64', '--batch-size', '128', '--epochs', '1', '--workers', '0', '--device', 'cpu', '--lr', '0.1']
@@ -229,11 +229,7 @@ def test_pre_training_resumes_from_the_hub_as_from_the_file(run, root, hub):
     log = run('train', *more, '--resume', 'hf-hub:me/tiny', '--experiment', 'by_hub')
     assert 'at epoch 1, batch 0' in log and WRITER not in log and 'signature=' not in log
     run('train', *more, '--resume', root / 'first' / 'last.pth.tar', '--experiment', 'by_file')
-    by_hub, by_file = (read_checkpoint(str(root / name / 'last.pth.tar')) for name in ('by_hub', 'by_file'))
-    for part in ('heads', 'teacher', 'banks'):
-        for name, value in by_file['task_state'][part].items():
-            assert torch.equal(by_hub['task_state'][part][name], value), name
-    assert all(torch.equal(by_hub['state_dict'][name], value) for name, value in by_file['state_dict'].items())
+    check_equal_checkpoints(root / 'by_hub', root / 'by_file')
     assert WRITER not in (root / 'by_hub' / 'args.yaml').read_text()
 
 

@@ -205,8 +205,6 @@ class Api(Handler):
     def branch(self, repo_id, branch):
         if self.may('write', repo_id):
             branches = self.hub.repositories[repo_id].branches
-            if branch in branches:
-                return self.refuse(409, message='Reference already exists')
             branches[branch] = branches['main']
             self.answer(201)
 
@@ -227,16 +225,9 @@ class Api(Handler):
             objects = []
             for wanted in json.loads(self.body)['objects']:
                 place = {'href': f"{self.hub.content_url}/objects/{wanted['oid']}?signature=1"}
-                check = {'href': f'{self.hub.url}/{repo_id}.git/info/lfs/verify'}
-                actions = {} if wanted['oid'] in self.hub.objects else {'actions': {'upload': place, 'verify': check}}
+                actions = {} if wanted['oid'] in self.hub.objects else {'actions': {'upload': place}}
                 objects.append({**wanted, **actions})
             self.answer(200, {'transfer': 'basic', 'objects': objects})
-
-    def verify(self, repo_id):
-        if self.may('write', repo_id):
-            wanted = json.loads(self.body)
-            content = self.hub.objects.get(wanted['oid'])
-            self.answer(200 if content is not None and len(content) == wanted['size'] else 404)
 
     def commit(self, repo_id, branch):
         if self.may('write', repo_id):
@@ -280,7 +271,6 @@ class Api(Handler):
         (('POST',), f'/api/models/{_repo}/branch/([^/]+)', branch),
         (('POST',), f'/api/models/{_repo}/preupload/([^/]+)', preupload),
         (('POST',), f'/{_repo}.git/info/lfs/objects/batch', batch),
-        (('POST',), f'/{_repo}.git/info/lfs/verify', verify),
         (('POST',), f'/api/models/{_repo}/commit/([^/]+)', commit),
         (('GET', 'HEAD'), f'/{_repo}/resolve/([^/]+)/(.+)', resolve),
     )

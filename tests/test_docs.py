@@ -20,7 +20,6 @@ from training import TINY, make_images
 DOCS = REPOSITORY / 'docs'
 PAGES = [REPOSITORY / 'README.md', *sorted(DOCS.rglob('*.md'))]
 READ_ONLY = [REPOSITORY / name for name in ('CONTRIBUTING.md', 'CHANGELOG.md', 'results/README.md')]
-SCRIPTS = [path.stem for path in REPOSITORY.glob('*.py') if path.stem not in ('setup', 'hubconf')]
 OTHERS = ('pip', './distributed_train.sh', 'export', 'mkdocs', 'srun')  # not our parsers
 # a block of code, its language and the comment above it
 BLOCK = re.compile(r'(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<info>[^\n]*)\n(?P<code>.*?)^```$', re.M | re.S)

@@ -88,8 +88,6 @@ def _parse(results: Mapping[str, Any]) -> Result:
     choices = f'k = {", ".join(results["knn"])}' if 'knn' in results else len(results.get('heads', ()))
     several = len(results.get('knn', results.get('heads', ()))) > 1
     values = {
-        'dataset': 'not recorded',
-        'val_split': 'not recorded',
         **results,
         'choice': f'; the best of {choices} on the validation images' if several else '',
         'crop': 100 * results['crop_pct'],
@@ -98,7 +96,7 @@ def _parse(results: Mapping[str, Any]) -> Result:
     settings = (*keys, 'train_images', 'val_images', 'num_classes', 'img_size', 'crop_pct')
     return Result(
         name=name.format(**values) + (f', {baseline}' if baseline else ''),
-        dataset=str(values['dataset']),
+        dataset=str(results['dataset']),
         top1=float(results['top1']),
         top5=None if results.get('top5') is None else float(results['top5']),
         protocol=(text + _IMAGES).format(**values),

@@ -25,7 +25,6 @@ _OTHER_OPTIONS = (  # without a row of their own
     'opt_eps', 'opt_betas', 'opt_args', 'no_decay_norm_bias', 'warmup_lr', 'min_lr', 'decay_epochs', 'clip_grad',
     'clip_mode', 'features_only', 'method_kwargs',
 )
-_DATASETS = {'digits': "UCI's handwritten digits (1,797 of 8 x 8 px)"}
 
 
 class Facts(NamedTuple):
@@ -94,7 +93,6 @@ def model_card(facts: Facts) -> ModelCard:
         cell=lambda value: str(value).replace('|', '\\|'),  # of a Markdown table
         cfg=cfg,
         contexts=_CONTEXTS,
-        data_description=_DATASETS.get(facts.dataset, facts.dataset),
         hub_name=HUB_PREFIX + facts.repo_id + (f'@{facts.revision}' if facts.revision else ''),
         img_size=' x '.join(map(str, cfg['input_size'][1:])),
         other_options=_OTHER_OPTIONS,

@@ -231,14 +231,12 @@ def write_classifier(
         data,
         template_path=str(Path(__file__).with_name('classifier_card.md')),
         repo_id=repo_id,
-        architecture=config['architecture'],
+        config=config,
         dataset=dataset,
-        named=bool(config.get('label_names')),
         names=config.get('label_names') or [str(number) for number in range(config['num_classes'])],
         code=code,
         results=found,
         hub_name=HUB_PREFIX + repo_id + (f'@{revision}' if revision else ''),
-        input_size=config['pretrained_cfg']['input_size'],
     )
     with checking('output', folder, OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,9 @@
 """What tests ask of a process whose environment points the Hub's client at tests/hub_server.py."""
 import contextlib
-import importlib
 import io
 import logging
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from unittest import mock
@@ -15,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from conftest import REPOSITORY
+from script_runner import call_script
 from timm_cgh.models import create_backbone, pretrained  # registers the models of this package
 from timm_cgh.train.build import build_backbone
 
@@ -48,12 +47,10 @@ def token(call, value):
 
 
 def run(script, *args):
-    """Exit code and output of a root script, run in this process as `main` is; without plots, as of `run_script`."""
-    sys.modules['matplotlib.figure'] = None
+    """Exit code and output of a root script, see `call_script`."""
     with io.StringIO() as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            module = importlib.import_module(script)
-            code = module.parser.run(module.main, [str(a) for a in args])
+            code = call_script(script, *args)
         except SystemExit as stop:
             code = stop.code
         logging.getLogger().handlers.clear()  # they write to this output

@@ -3,28 +3,29 @@ import argparse
 import statistics
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 import torch
 import torch.distributed as dist
 
-from .loss import relation_loss
-from .step import CGHStep
+from .step import CGHStep, relation_loss
 from .timing import in_turn, median_ratio, memory_of, random_images, timed
 
 __all__ = ['benchmark_loss', 'benchmark_processes']
 
 
-def run_loss(args: argparse.Namespace, bank_size: int, batch_size: int) -> None:
-    relation_loss(args, bank_size, batch_size)[0]()
+def loss_step(args: argparse.Namespace, bank_size: int, batch_size: int) -> Callable:
+    return relation_loss(args.device, args.embed_dim, bank_size, batch_size)[0]
 
 
 def benchmark_loss(args: argparse.Namespace) -> Dict[str, Any]:
     """Time and memory of the relation loss as bank and batch grow, relative to the six products that it needs."""
     torch.manual_seed(0)
     sizes = [args.bank_size // 8, args.bank_size // 4, args.bank_size // 2, args.bank_size]
-    steps = {(name, size): step for size in sizes
-             for name, step in zip(('loss', 'products'), relation_loss(args, size, args.batch_size))}
+    steps = {}
+    for size in sizes:
+        steps['loss', size], steps['products', size] = relation_loss(
+            args.device, args.embed_dim, size, args.batch_size)
     seconds = in_turn(args, steps)
     ms = {name: [1000 * statistics.median(seconds[name, size]) for size in sizes] for name in ('loss', 'products')}
     slopes = {
@@ -37,7 +38,7 @@ def benchmark_loss(args: argparse.Namespace) -> Dict[str, Any]:
     for size in (sizes[0], sizes[-1]):
         for batch in (args.batch_size, 4 * args.batch_size):
             banks = 2 * size * args.embed_dim * 4 / 2 ** 20
-            memory[f'{batch} x {size}'] = memory_of(run_loss, args, size, batch) - banks
+            memory[f'{batch} x {size}'] = memory_of(loss_step, args, size, batch) - banks
     print('bank        ' + ''.join(f'{size:>10}' for size in sizes))
     for name, values in ms.items():
         print(f'{name + ", ms":12}' + ''.join(f'{value:10.1f}' for value in values))

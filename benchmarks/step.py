@@ -1,9 +1,9 @@
-"""A training step relative to the backbone's alone, and what the variants cost."""
+"""A training step relative to the backbone's alone, its parts, and what the variants cost."""
 import argparse
 import copy
 import statistics
 from functools import partial
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from timm_cgh.data import multi_crop, two_views
-from timm_cgh.models import ContextEncoder, create_backbone
+from timm_cgh.layers import MemoryBank
+from timm_cgh.loss import CrossContextLoss
+from timm_cgh.models import ContextEncoder, Contexts, create_backbone
 from timm_cgh.progress import peak_memory
 from timm_cgh.task import CGHTask, create_task
 
-from .loss import relation_loss
 from .timing import autocast, in_turn, median_ratio, memory_format, memory_of, random_images, timed
 
-__all__ = ['CGHStep', 'benchmark_step', 'benchmark_variants']
+__all__ = ['CGHStep', 'benchmark_step', 'benchmark_variants', 'relation_loss']
 
 _SGD = dict(lr=0.01, momentum=0.9, weight_decay=1e-4)
 
@@ -116,6 +117,36 @@ def _run_heads(task: CGHTask, pooled: torch.Tensor, maps: Sequence[torch.Tensor]
     _embed(task.student, pooled.clone().requires_grad_(), [m.clone().requires_grad_() for m in maps]).backward()
 
 
+def _loss(embeddings: torch.Tensor, teacher: Contexts, banks: Dict[str, MemoryBank]) -> None:
+    """Both terms of Eq. 6 with their gradients."""
+    student = Contexts(*(embeddings.clone().requires_grad_() for _ in range(2)))
+    CrossContextLoss()(student, teacher, banks)['loss'].backward()
+
+
+def _products(embeddings: torch.Tensor, banks: Dict[str, MemoryBank], logits: torch.Tensor) -> None:
+    """The six matrix products that the loss needs, by tiles of the size of `logits`, which is overwritten."""
+    rows, columns = logits.shape
+    for bank in banks.values():
+        for part in embeddings.split(rows):
+            gradient = torch.zeros_like(part)
+            for tile in bank.embeddings.split(columns):
+                out = logits[:len(part), :len(tile)]
+                torch.mm(part, tile.T, out=out)
+                torch.mm(part, tile.T, out=out)
+                gradient.addmm_(out, tile)
+
+
+def relation_loss(device: str, embed_dim: int, bank_size: int, batch_size: int) -> Tuple[Callable, Callable]:
+    """Calls that compute the loss of Eq. 6 with its gradients, and the matrix products it needs."""
+    banks = {name: MemoryBank(bank_size, embed_dim).to(device) for name in ('global', 'hyper')}
+    *teacher, embeddings = F.normalize(torch.randn(3, batch_size, embed_dim, device=device), dim=2)
+    rows, columns = batch_size, bank_size
+    if torch.device(device).type == 'cpu':  # by tiles whose result stays in the cache
+        rows, columns = min(rows, 256), min(columns, 2048)
+    logits = torch.zeros(rows, columns, device=device)
+    return partial(_loss, embeddings, Contexts(*teacher), banks), partial(_products, embeddings, banks, logits)
+
+
 def parts_of_step(args: argparse.Namespace, images: torch.Tensor) -> Dict[str, Callable]:
     """What a step does beyond its floor, each part alone on data of its sizes, and the loss's matrix products."""
     task = _create_task(args, context='cross')
@@ -125,7 +156,7 @@ def parts_of_step(args: argparse.Namespace, images: torch.Tensor) -> Dict[str, C
     optimizer = torch.optim.SGD(parameters, fused=True, **_SGD)
     heads = partial(_run_heads, task, pooled, maps)
     heads()  # gives the optimizer gradients
-    loss, products = relation_loss(argparse.Namespace(device=args.device, embed_dim=512), args.bank_size, len(images))
+    loss, products = relation_loss(args.device, 512, args.bank_size, len(images))
     return {
         'relation loss': loss,
         'its products': products,
@@ -186,17 +217,12 @@ def variant_step(args: argparse.Namespace, name: str) -> Callable[[], None]:
     return partial(CGHStep(args, **VARIANTS[name]), [random_images(args, view.size) for view in views])
 
 
-def run_variant(args: argparse.Namespace, name: str) -> None:
-    """Two steps, to measure their memory."""
-    timed(variant_step(args, name), torch.device(args.device), 2)
-
-
 def benchmark_variants(args: argparse.Namespace) -> Dict[str, Any]:
     """Images per second and memory of the variants of CGH, relative to global-context (the paper's training cost)."""
     torch.manual_seed(0)
     seconds = in_turn(args, {name: variant_step(args, name) for name in VARIANTS})
     first = next(iter(VARIANTS))
-    memory = {name: memory_of(run_variant, args, name) for name in VARIANTS}
+    memory = {name: memory_of(variant_step, args, name) for name in VARIANTS}
     print(f'{args.model} {args.img_size} px, batch {args.batch_size}, bank {args.bank_size}, {args.device}')
     print(f'{"":30}  images/s  relative    MiB  relative')
     result = {}

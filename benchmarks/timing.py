@@ -43,11 +43,11 @@ def _peak_on_cpu() -> float:
         return next(int(line.split()[1]) for line in file if line.startswith('VmHWM:')) / 2 ** 10
 
 
-def _added_memory(function: Callable, args: argparse.Namespace, *more: Any) -> float:
+def _added_memory(create_step: Callable, args: argparse.Namespace, *more: Any) -> float:
     device = torch.device(args.device)
     torch.randn(256, 256, device=device) @ torch.randn(256, 256, device=device)  # allocates the libraries' buffers
     if device.type == 'cuda':
-        function(args, *more)
+        timed(create_step(args, *more), device, 2)
         return torch.cuda.max_memory_allocated() / 2 ** 20
     try:
         with open('/proc/self/clear_refs', 'w', encoding='ascii') as file:
@@ -55,14 +55,16 @@ def _added_memory(function: Callable, args: argparse.Namespace, *more: Any) -> f
     except OSError:  # not Linux
         return math.nan
     before = _peak_on_cpu()
-    function(args, *more)
+    timed(create_step(args, *more), device, 2)
     return _peak_on_cpu() - before
 
 
-def memory_of(function: Callable, args: argparse.Namespace, *more: Any) -> float:
-    """Peak memory of a module's `function(args, *more)` in a new process, MiB; nan where the system cannot tell."""
+def memory_of(create_step: Callable, args: argparse.Namespace, *more: Any) -> float:
+    """Peak memory of two calls of what a module's `create_step(args, *more)` returns, in a new process, MiB; nan where
+    the system cannot tell.
+    """
     with torch.multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(_added_memory, (function, args, *more))
+        return pool.apply(_added_memory, (create_step, args, *more))
 
 
 def autocast(args: argparse.Namespace) -> ContextManager:

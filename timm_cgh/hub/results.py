@@ -63,7 +63,8 @@ def read_knn_checks(
     return results
 
 
-def _check_model(results: Mapping[str, Any], architecture: str, export: Path, digest: str) -> None:
+def _check_model(
+        path: Union[str, Path], results: Mapping[str, Any], architecture: str, export: Path, digest: str) -> None:
     """Refuse results that may be another model's: they must be of weights of that digest, or, where none was recorded,
     the last two folders of its path must be those of the export; or they must be a baseline of the same architecture
     (random weights, raw pixels).
@@ -78,9 +79,9 @@ def _check_model(results: Mapping[str, Any], architecture: str, export: Path, di
     if weights in _BASELINES and (same or model.split('.')[0] == architecture):
         return
     if not same or weights != 'its own':
-        raise InputError(f'measured on {model} ({weights} weights), must be on local-dir:{export}')
+        raise InputError(f'{path}: measured on {model} ({weights} weights), must be on local-dir:{export}')
     if 'digest' in results:
-        raise InputError(f'measured on other weights than those in {export}')
+        raise InputError(f'{path}: measured on other weights than those in {export}')
 
 
 def _parse(results: Mapping[str, Any]) -> Result:
@@ -114,14 +115,11 @@ def read_result(path: Union[str, Path], architecture: str, export: Path, digest:
     """
     try:
         results = read_json(path)
-    except InputError as error:
-        raise InputError(f'results={error}') from error
-    try:
         result = _parse(results)
-        _check_model(results, architecture, export, digest)
+        _check_model(path, results, architecture, export, digest)
         return result
     except InputError as error:
-        raise InputError(f'results={path}: {error}') from error
+        raise InputError(f'results={error}') from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of any other shape
         raise InputError(
             f'results={path}: not what eval_knn.py, eval_linear.py or eval_semisup.py write as JSON') from error

@@ -1,5 +1,4 @@
 """benchmark.py measures everything that it compares; no test depends on the speed."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -108,5 +107,5 @@ def test_processes_of_one_thread_are_compared_with_one_process():
 ])
 def test_bad_input_is_one_line_and_code_2(capsys, tar, monkeypatch, args, named):
     if args == ['knn']:
-        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+        monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     check_refused(capsys, script, [str(arg).format(tar=tar) for arg in args], named)

@@ -1,5 +1,4 @@
 """What publish.py writes before it uploads: folder, model card, arguments, the training state."""
-import importlib
 import json
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm import create_model
 
+import train
 from input_errors import refused
 from run_folders import change_file
 from timm_cgh.data import data_name
@@ -31,7 +31,6 @@ KNN = dict(protocol='knn', top1=61.5, k=20, knn={'10': 61.0, '20': 61.5}, temper
 def run(tmp_path):
     """`run(model, **arguments)`: a run's folder as train.py leaves it."""
     def make(model='test_resnet', **changes):
-        train = importlib.import_module('train')
         args = {**vars(train.parser.parse_args([])), 'model': model, 'data_dir': '/secret/place/birds/train', **changes}
         folder = tmp_path / 'runs' / 'birds'
         torch.manual_seed(0)
@@ -225,7 +224,6 @@ def test_data_sets_are_shown_by_name_without_their_path(name, root, shown):
 
 
 def test_portable_arguments_are_options_of_train_py(run):
-    train = importlib.import_module('train')
     args = read_args(run(dataset='hfds/../shared/data/cifar10'))
     kept = portable_args({**args, 'model': 'local-dir:/secret/export'}, 'resnet18')
     assert kept.keys() <= {action.dest for action in train.parser._actions}

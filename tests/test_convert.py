@@ -1,5 +1,6 @@
 """convert.py: the same features in torchvision, detectron2 and ONNX."""
 import json
+from functools import cache
 
 import onnxruntime
 import pytest
@@ -22,19 +23,15 @@ CONFIG = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), tag='cgh_test')
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """`run(name)`: a run's folder, its images and the features that timm gives."""
-    made = {}
-
+    @cache
+    @torch.no_grad()
     def make(name):
-        if name not in made:
-            torch.manual_seed(0)
-            folder = tmp_path_factory.mktemp(name)
-            model = randomise(create_backbone(name)).eval()
-            export_backbone(model, folder / 'export', input_size=(3, 64, 64), **CONFIG)
-            images = torch.randn(2, 3, 64, 64)
-            with torch.no_grad():
-                made[name] = folder, images, model(images)
-        return made[name]
-
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(name)
+        model = randomise(create_backbone(name)).eval()
+        export_backbone(model, folder / 'export', input_size=(3, 64, 64), **CONFIG)
+        images = torch.randn(2, 3, 64, 64)
+        return folder, images, model(images)
     return make
 
 

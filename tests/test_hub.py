@@ -95,9 +95,8 @@ def test_pretrained_without_a_checkpoint_lists_those_that_exist_and_how_to_train
             create(name, pretrained=True)
 
 
-def test_an_installed_package_tells_where_the_weights_of_the_repository_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, 'REPOSITORY', tmp_path)  # site-packages: no hubconf.py
-    monkeypatch.setattr(pretrained, 'CHECKPOINTS', {})
+def test_an_installed_package_tells_where_the_weights_of_the_repository_are(repository):
+    (repository / 'hubconf.py').unlink()  # as in site-packages
     with refused('cgh_resnet18', "comes without the repository's weights: torch.hub.load or pip install -e"):
         timm.create_model('cgh_resnet18', pretrained=True)
 

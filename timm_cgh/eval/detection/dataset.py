@@ -69,10 +69,7 @@ class DetectionImages(Dataset):
 
 
 class _Items(Dataset):
-    """Items by (step, index), transformed by a function of seed, step and index alone.
-
-    An `InputError` is returned for the main process to raise: raised in a worker, it would come wrapped in a traceback.
-    """
+    """Items by (step, index), transformed by a function of seed, step and index alone."""
 
     def __init__(self, images: DetectionImages, transform: Optional[v2.Transform], seed: int):
         self.images = images
@@ -80,13 +77,9 @@ class _Items(Dataset):
         self.seed = seed
 
     def __getitem__(self, key: Tuple[int, int]) -> Any:
-        try:
-            item = self.images[key[1]]
-        except InputError as error:
-            return error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, *key)))
-            return self.transform(*item)
+            return self.transform(*self.images[key[1]])
 
 
 def load_batches(
@@ -115,9 +108,6 @@ def load_batches(
         _Items(images, transform, seed), batch_sampler=keys, num_workers=workers, collate_fn=list,
         worker_init_fn=start_worker, pin_memory=device.type == 'cuda')
     for batch in iterate(loader):
-        for item in batch:
-            if isinstance(item, InputError):
-                raise item
         yield (
             [v2.functional.to_dtype(plain(image), scale=True) for image, _ in batch],
             [{name: plain(value) for name, value in target.items()} for _, target in batch],

@@ -96,13 +96,6 @@ def _fpn_parts(body: nn.Module, layout: MapLayout, classes: int, masks: bool, ch
     return _Parts(BackboneMaps(body, [m.place for m in maps], neck), [*strides, 2 * strides[-1]], channels, heads)
 
 
-def _proposal_network(anchors: Anchors, channels: int, train: Sequence[int], test: Sequence[int]) -> L1ProposalNetwork:
-    before, after = (dict(training=n, testing=m) for n, m in zip(train, test))
-    return L1ProposalNetwork(
-        anchors, ProposalHead(channels, anchors.num_anchors_per_location()[0]), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
-        batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n=before, post_nms_top_n=after, nms_thresh=0.7)
-
-
 def _freeze_unused(detector: GeneralizedRCNN, layout: MapLayout, in_chans: int) -> Dict[str, int]:
     """Freeze what no map depends on (layers behind the last one), which DDP would wait for; gives names and sizes."""
     body = detector.backbone.body
@@ -169,14 +162,16 @@ def create_detector(
         sizes = [(size,) for size in anchor_sizes or [8 * stride for stride in parts.strides]]
     if len(sizes) != len(parts.strides):
         raise InputError(f'anchor_sizes: {len(sizes)} of them for {len(parts.strides)} maps, give one for each')
+    before, after = (dict(training=n, testing=m) for n, m in zip(
+        train_proposals or ((12000, 2000) if head == 'c4' else (2000, 1000)),
+        test_proposals or ((6000, 1000) if head == 'c4' else (1000, 1000))))
+    anchors = Anchors(sizes, parts.strides)
     detector = GeneralizedRCNN(
         backbone=parts.backbone,
-        rpn=_proposal_network(
-            Anchors(sizes, parts.strides),
-            parts.channels,
-            train_proposals or ((12000, 2000) if head == 'c4' else (2000, 1000)),
-            test_proposals or ((6000, 1000) if head == 'c4' else (1000, 1000)),
-        ),
+        rpn=L1ProposalNetwork(
+            anchors, ProposalHead(parts.channels, anchors.num_anchors_per_location()[0]), fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n=before,
+            post_nms_top_n=after, nms_thresh=0.7),
         roi_heads=Heads(
             fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
             bbox_reg_weights=(10, 10, 5, 5), score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, **parts.heads),

@@ -1,5 +1,4 @@
 """The feature maps of a timm backbone with their strides, and its last stage, which C4 runs on each RoI."""
-from collections import OrderedDict
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -27,12 +26,8 @@ class MapLayout(NamedTuple):
     """All maps of a backbone, and the images that it takes."""
     maps: List[Map]
     multiple: int  # of the images' sides, px
+    side: int  # of small square images, px
     fixed: bool  # images must have that very size
-
-    @property
-    def side(self) -> int:
-        """Side of small square images that the backbone takes, px."""
-        return self.multiple if self.fixed else _side(self.multiple)
 
 
 def _side(multiple: int) -> int:
@@ -69,13 +64,13 @@ def measure_maps(backbone: nn.Module, input_size: Sequence[int]) -> MapLayout:
     chans, side = input_size[0], max(input_size[1:])
     for multiple in _MULTIPLES:
         if maps := _strides(backbone, chans, multiple):
-            return MapLayout(maps, multiple, fixed=False)
+            return MapLayout(maps, multiple, _side(multiple), fixed=False)
     try:
         found = _forward_maps(backbone, (1, chans, side, side))
         maps = [Map(place, m.shape[1], side / m.shape[2]) for place, m in enumerate(found)]
     except Exception as error:  # see _strides
         raise InputError(f'model: {type(backbone).__name__} gives no maps of {side} x {side} px ({error})') from error
-    return MapLayout(maps, side, fixed=True)
+    return MapLayout(maps, side, side, fixed=True)
 
 
 @torch.no_grad()
@@ -127,7 +122,7 @@ class SimplePyramid(nn.Module):
         (x,) = maps.values()
         levels = [level(x) for level in self.levels]
         levels, names = self.coarsest(levels, [], [str(i) for i in range(len(levels))])
-        return OrderedDict(zip(names, levels))
+        return dict(zip(names, levels))
 
 
 class BackboneMaps(nn.Module):
@@ -145,4 +140,4 @@ class BackboneMaps(nn.Module):
         """(B, C, H, W) normalised images -> maps, the finest first."""
         maps = self.body.forward_intermediates(
             images, indices=self.indices, intermediates_only=True, output_fmt='NCHW', stop_early=True)
-        return self.neck(OrderedDict((str(place), m) for place, m in enumerate(maps)))
+        return self.neck({str(place): m for place, m in enumerate(maps)})

@@ -81,8 +81,7 @@ class RegionAlign(nn.Module):
         super().__init__()
         self.strides = tuple(strides)
         self.size = size
-        octaves = [round(torch.tensor(float(s)).log2().item()) for s in (strides[0], strides[-1])]
-        self.level_of = LevelMapper(*octaves)  # FPN paper, Eq. 1
+        self.level_of = LevelMapper(*(round(math.log2(s)) for s in (strides[0], strides[-1])))  # FPN paper, Eq. 1
 
     def forward(self, features: Dict[str, torch.Tensor], boxes: List[torch.Tensor], image_shapes) -> torch.Tensor:
         """Maps and (R_i, 4) boxes of each image -> (R, C, size, size) float32."""

@@ -20,7 +20,7 @@ class Annotations(NamedTuple):
     Args:
         content: `images` (`id`, `file_name`, `width`, `height`), `annotations` (`image_id`, `category_id`, `bbox` as
             x, y, width, height in px from the image's corner, `area`, `iscrowd`, maybe `segmentation`; of VOC also
-            `difficult`), `categories` (`id`, `name`)
+            `difficult`), `categories` (`id`, `name`; by id)
         read: entry of `images` -> image
         folder: that `file_name` is relative to
     """
@@ -37,7 +37,7 @@ class Annotations(NamedTuple):
     @property
     def classes(self) -> List[str]:
         """Names, in the order of their category numbers."""
-        return [c['name'] for c in sorted(self.content['categories'], key=lambda c: c['id'])]
+        return [c['name'] for c in self.content['categories']]
 
 
 def mask_api():
@@ -108,7 +108,7 @@ def training_objects(
         InputError: `masks` without any in the annotations, no object left
     """
     content = annotations.content
-    labels = {c['id']: label for label, c in enumerate(sorted(content['categories'], key=lambda c: c['id']), start=1)}
+    labels = {c['id']: label for label, c in enumerate(content['categories'], start=1)}
     images = {image['id']: image for image in content['images']}
     kept: Dict[Any, List[Dict[str, Any]]] = defaultdict(list)
     dropped: Dict[str, List[str]] = defaultdict(list)

@@ -136,9 +136,8 @@ def voc07_precision(content: Mapping[str, Any], detections: Sequence[Detection],
     VOC's IoU is of whole pixels with both ends included, which is the plain IoU of boxes from edge to edge, as they are
     here. Equal scores keep their order (detectron2 rounds scores to three decimals and leaves ties to chance).
     """
-    categories = sorted(content['categories'], key=lambda c: c['id'])
     values = []
-    for category in categories:
+    for category in content['categories']:
         objects = defaultdict(list)
         for a in content['annotations']:
             if a['category_id'] == category['id']:
@@ -151,4 +150,4 @@ def voc07_precision(content: Mapping[str, Any], detections: Sequence[Detection],
         difficult = {image: [bool(a.get('difficult')) for a in found] for image, found in objects.items()}
         to_find = any(not d for found in difficult.values() for d in found)
         values.append([100 * _voc07_ap(matches, difficult, iou) if to_find else np.nan for iou in ious])
-    return Precision([c['name'] for c in categories], np.array(values))
+    return Precision([c['name'] for c in content['categories']], np.array(values))

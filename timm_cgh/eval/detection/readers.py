@@ -2,6 +2,7 @@
 import hashlib
 import os
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 from xml.etree import ElementTree
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import VOCDetection
 
+from timm_cgh.data.decode import UNREADABLE
 from timm_cgh.distributed import rank_zero_first
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import read_json
@@ -19,12 +21,10 @@ from .scenes import digit_scenes
 
 __all__ = ['open_annotations']
 
-_BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises about files
-
 
 def _open_image(folder: Path, entry: Dict[str, Any]) -> Image.Image:
     path = folder / entry['file_name']
-    with checking(str(path), None, *_BROKEN):
+    with checking(str(path), None, *UNREADABLE):
         image = Image.open(path)
         image.load()
     if image.size != (entry['width'], entry['height']):
@@ -84,6 +84,7 @@ def _check_coco(content: Dict[str, Any], path: Path) -> None:
         ids[kind] = {entry['id'] for entry in content[kind]}
         if len(ids[kind]) < len(content[kind]):
             raise InputError(f'{path}: {kind} share an id')
+    content['categories'].sort(key=itemgetter('id'))
     for entry in content['annotations']:
         for kind, key in (('images', 'image_id'), ('categories', 'category_id')):
             if entry[key] not in ids[kind]:
@@ -142,9 +143,9 @@ def _read_masks(data_dir: str, split: str, split_parameter: str, val_images: Opt
         names = _split_by_hash(names, split, split_parameter, val_images)
     entries, annotations = [], []
     for number, name in enumerate(names, start=1):
-        with checking(str(masks[name]), None, *_BROKEN):
+        with checking(str(masks[name]), None, *UNREADABLE):
             instances = np.array(Image.open(masks[name]))
-        with checking(str(images[name]), None, *_BROKEN):
+        with checking(str(images[name]), None, *UNREADABLE):
             size = Image.open(images[name]).size
         if instances.shape != size[::-1]:
             raise InputError(f'{masks[name]}: a mask of {instances.shape[::-1]} for an image of {size} px')

@@ -91,19 +91,15 @@ def save_chart(runs: Sequence[Run], path: Union[str, Path], title: str = '') -> 
     for name, offset, color, label in (('knn', -0.2, BLUE, 'kNN'), ('linear', 0.2, ORANGE, 'linear, cached features')):
         values = [row[name] for row in rows]
         errors = [row[f'{name}_std'] or 0 for row in rows]
-        accuracy.barh(
+        bars = accuracy.barh(
             [p + offset for p in places], values, height=0.36, color=color, label=label,
             xerr=errors if any(errors) else None, error_kw=dict(ecolor=GREY, capsize=2))
-        for place, value, error in zip(places, values, errors):
-            accuracy.text(value + error, place + offset, f' {value:.1f}', va='center', fontsize=7.5, color=GREY)
-    accuracy.set_xlim(0, 1.12 * max(max(row['knn'], row['linear']) for row in rows))
-    accuracy.set_title('Accuracy')
-    accuracy.set_xlabel('top-1, %')
+        accuracy.bar_label(bars, fmt='%.1f', padding=2, fontsize=7.5, color=GREY)
+    limit = 1.12 * max(max(row['knn'], row['linear']) for row in rows)
+    accuracy.set(title='Accuracy', xlabel='top-1, %', xlim=(0, limit), ylim=(len(rows) - 0.5, -0.5))
     accuracy.set_yticks(places, [row['method'] for row in rows], fontsize=9)
-    accuracy.set_ylim(len(rows) - 0.5, -0.5)
     speed.barh(places, [row['images_per_s'] or 0 for row in rows], height=0.5, color=GREY)
-    speed.set_title('Training')
-    speed.set_xlabel('images/s')
+    speed.set(title='Training', xlabel='images/s')
     for axes in (accuracy, speed):
         axes.grid(False, axis='y')
         axes.tick_params(axis='y', length=0)

@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence, Union
 
-from timm_cgh.errors import InputError, checking
+from timm_cgh.errors import InputError
 from timm_cgh.plots.style import (
     BLUE, COLORS, GREEN, GREY, ORANGE, PINK, label_epochs, new_figure, plot, plot_epochs, read_column, save_figure)
 
@@ -100,7 +100,7 @@ def save_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Union[str, 
         runs: name -> rows, at most eight; for rows, path and title see `save_curves`
 
     Raises:
-        InputError: more runs than colours, values that are not numbers
+        InputError: more runs than colours
         OSError: the file cannot be written
     """
     from matplotlib.lines import Line2D
@@ -109,11 +109,9 @@ def save_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Union[str, 
     figure = new_figure(10.5, 6.6)
     panels = figure.subplots(2, 2, sharex=True)
     for axes, (heading, unit, columns) in zip(panels.flat, _SHARED_PANELS):
-        for (name, rows), color in zip(runs.items(), COLORS):
+        for rows, color in zip(runs.values(), COLORS):
             for column, style in zip(columns, ('solid', 'dashed')):
-                with checking('runs', name, ValueError):
-                    epochs, values = read_column(rows, column)
-                plot_epochs(axes, epochs, values, color=color, linestyle=style)
+                plot_epochs(axes, *read_column(rows, column), color=color, linestyle=style)
         label_epochs(axes, heading, unit)
     panels[1, 1].set_ylim(0, 1.05)
     handles = [Line2D([], [], color=color) for _, color in zip(runs, COLORS)]

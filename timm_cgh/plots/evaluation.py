@@ -80,9 +80,8 @@ def save_confusion(
                       color='white' if percent[row, column] > 55 else '#222222')
     axes.grid(False)
     axes.spines[:].set(visible=True, color='#bbbbbb')
-    axes.set_xlabel('predicted')
-    axes.set_ylabel('true')
-    axes.set_title(f'Top-1 {100 * np.trace(counts) / max(1, len(labels)):.2f} %, {len(labels)} images')
+    accuracy = 100 * np.trace(counts) / max(1, len(labels))
+    axes.set(xlabel='predicted', ylabel='true', title=f'Top-1 {accuracy:.2f} %, {len(labels)} images')
     save_figure(figure, path)
 
 
@@ -114,15 +113,12 @@ def save_class_accuracy(
 def _draw_bars(axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
     axes.barh(range(len(names)), accuracy, color=BLUE, height=0.72)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 101)
-    axes.set_xticks(range(0, 101, 20))
+    axes.set(xlabel='top-1, %', xlim=(0, 101), xticks=range(0, 101, 20), ylim=(len(names) - 0.4, -0.6))
     for place, value in enumerate(accuracy):
         inside = value > 10
         axes.text(value + (-1 if inside else 1), place, f'{value:.1f}', va='center', fontsize=8,
                   ha='right' if inside else 'left', color='white' if inside else GREY)
     axes.axvline(accuracy.mean(), color=_WRONG, linewidth=1.2, linestyle='dashed', zorder=0.9)
-    axes.set_xlabel('top-1, %')
     axes.tick_params(axis='y', length=0)
     axes.grid(False)
 
@@ -132,10 +128,7 @@ def _draw_ranking(axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
     axes.fill_between(ranks, accuracy, color=BLUE, alpha=0.25, linewidth=0)
     axes.plot(ranks, accuracy, color=BLUE)
     axes.axhline(accuracy.mean(), color=_WRONG, linewidth=1.2, linestyle='dashed')
-    axes.set_xlim(1, len(names))
-    axes.set_ylim(0, 103)
-    axes.set_xlabel(f'{len(names)} classes, best first')
-    axes.set_ylabel('top-1, %')
+    axes.set(xlabel=f'{len(names)} classes, best first', xlim=(1, len(names)), ylabel='top-1, %', ylim=(0, 103))
     ends = f'best: {", ".join(names[:3])}\nworst: {", ".join(names[:-4:-1])}'
     axes.text(0.01, 0.03, ends, transform=axes.transAxes, fontsize=8, color=GREY)
 
@@ -184,11 +177,8 @@ def save_retrieval_grid(
             axes = figure.add_subplot(grid[y, x if x == 0 else x + 1])
             draw_image(axes, np.asarray(image))
             plain = x == 0 or right is None
-            axes.spines[:].set(
-                visible=True,
-                color=GREY if plain else _RIGHT if right else _WRONG,
-                linewidth=1.2 if plain else 3,
-            )
+            color = GREY if plain else _RIGHT if right else _WRONG
+            axes.spines[:].set(visible=True, color=color, linewidth=1.2 if plain else 3)
             axes.set_xlabel('\n'.join(_shorten(line, 14) for line in name.split('\n')), fontsize=7, labelpad=2,
                             color='black' if x == 0 else GREY if right is not False else _WRONG)
             if y == 0 and x < 2:

@@ -2,7 +2,7 @@
 import functools
 import math
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, ParamSpec, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, ParamSpec, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -79,12 +79,7 @@ def read_column(rows: Sequence[Mapping[str, Any]], column: str) -> Tuple[List[in
     Args:
         rows: rows of `summary.csv` with `epoch` counted from 0; values are numbers, text, blank or absent
         column: name of the column
-
-    Raises:
-        ValueError: rows without `epoch`, text that is not a number
     """
-    if rows and 'epoch' not in rows[0]:
-        raise ValueError("no column 'epoch'")
     points = [(int(row['epoch']) + 1, float(row[column])) for row in rows if row.get(column) not in (None, '')]
     points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
     return [epoch for epoch, _ in points], [value for _, value in points]
@@ -103,11 +98,10 @@ def draw_image(axes, image: np.ndarray) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def label_epochs(axes, title: str, ylabel: Optional[str] = None) -> None:
+def label_epochs(axes, title: str, ylabel: str) -> None:
     """Title and labels of axes whose x are epochs, once their lines are drawn; 'not measured' where there are none."""
     from matplotlib.ticker import MaxNLocator
-    axes.set_title(title)
-    axes.set_ylabel(ylabel or '')
+    axes.set(title=title, ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if axes.get_subplotspec().is_last_row():
         axes.set_xlabel('epochs completed')

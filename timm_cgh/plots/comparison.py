@@ -74,12 +74,7 @@ def save_tables(runs: Sequence[Run], folder: Union[str, Path]) -> None:
 
 @plot
 def save_chart(runs: Sequence[Run], path: Union[str, Path], title: str = '') -> None:
-    """Plot accuracy and training speed of the methods in two panels.
-
-    Args:
-        runs: of any number of methods and seeds
-        path: PNG file to write
-        title: heading
+    """Plot accuracy and training speed of the methods in two panels, as a PNG file.
 
     Raises:
         OSError: the file cannot be written

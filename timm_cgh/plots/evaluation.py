@@ -1,7 +1,7 @@
-"""Plots of an evaluation: nearest neighbours, confusion matrix, accuracy of each class."""
+"""Plots of an evaluation: confusion matrix, accuracy of each class; and of images: views, nearest neighbours."""
 import logging
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from PIL import Image
 
 from timm_cgh.plots.style import BLUE, GREEN, GREY, ORANGE, draw_image, new_figure, plot, save_figure
 
-__all__ = ['save_class_accuracy', 'save_classification', 'save_confusion', 'save_retrieval_grid']
+__all__ = ['save_class_accuracy', 'save_classification', 'save_confusion', 'save_retrieval_grid', 'save_views']
 
 _logger = logging.getLogger('eval')
 _RIGHT, _WRONG = GREEN, ORANGE
@@ -186,4 +186,23 @@ def save_retrieval_grid(
     known = any(right is not None for row in rows for _, _, right in row)
     legend = 'green: the class of the query, orange: another' if known else ''
     figure.suptitle(' · '.join(filter(None, (title, legend))), fontsize=9)
+    save_figure(figure, path)
+
+
+@plot
+def save_views(rows: Mapping[str, Sequence[np.ndarray]], path: Union[str, Path]) -> None:
+    """Plot images, and below each its views.
+
+    Args:
+        rows: name -> (H, W, C) uint8 images; of other than 1 and 3 channels the first is drawn
+        path: PNG file to write
+    """
+    columns = max(map(len, rows.values()))
+    figure = new_figure(1.5 * columns + 0.3, 1.5 * len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (name, images) in zip(axes, rows.items()):
+        row[0].set_ylabel(name)
+        for cell, image in zip(row, images):
+            draw_image(cell, image if image.shape[2] == 3 else image[:, :, 0])
+            cell.spines[:].set_visible(False)
     save_figure(figure, path)

@@ -23,10 +23,9 @@ from timm_cgh.eval.knn import nearest_neighbors
 from timm_cgh.eval.loader import create_eval_loader
 from timm_cgh.files import write_yaml
 from timm_cgh.plots.curves import save_curves
-from timm_cgh.plots.evaluation import save_retrieval_grid
+from timm_cgh.plots.evaluation import save_retrieval_grid, save_views
 from timm_cgh.plots.relations import relation_curve, save_relations
 from timm_cgh.plots.report import save_report
-from timm_cgh.plots.views import save_views
 from timm_cgh.task import CGHTask
 from timm_cgh.task.positives import Selection
 

@@ -129,8 +129,7 @@ def choose_settings(args):
         detection.mask_api()  # refuse now, rather than after the training, where pycocotools is missing
     if args.decay_milestones is None:
         args.decay_milestones = [max(1, args.iterations * part // 24) for part in (18, 22)]
-    if max(args.decay_milestones) > args.iterations:
-        last = max(args.decay_milestones)
+    if (last := max(args.decay_milestones)) > args.iterations:
         raise InputError(f'decay_milestones: {last} is past the end, `iterations` {args.iterations}')
     for name, size in (('min_size', max(args.min_size)), ('test_size', args.test_size)):
         if size > args.max_size:
@@ -144,16 +143,14 @@ def choose_settings(args):
 
 def open_data(args, in_chans, masks, classes=None):
     """Annotations and images; `classes` of a trained detector stand for those of training images."""
-    options = dict(val_images=args.val_images, dataset_download=args.dataset_download)
+    options = arguments_of(detection.open_annotations, args)
     train, dropped, trained = None, {}, set()
     if classes is None:
-        annotations = detection.open_annotations(
-            args.dataset, args.data_dir, args.train_split, split_parameter='train_split', **options)
+        annotations = detection.open_annotations(split=args.train_split, split_parameter='train_split', **options)
         objects, dropped['train'] = detection.training_objects(annotations, masks)
         train = detection.DetectionImages(annotations, objects, in_chans, masks)
         classes, trained = annotations.classes, annotations.files
-    annotations = detection.open_annotations(
-        args.dataset, args.data_dir, args.val_split, split_parameter='val_split', **options)
+    annotations = detection.open_annotations(split=args.val_split, split_parameter='val_split', **options)
     if shared := trained & annotations.files:
         raise InputError(
             f'val_split={args.val_split}: {len(shared)} of its images are trained on, such as {min(shared)}')

@@ -1,4 +1,5 @@
 """The feature maps of a timm backbone with their strides, and its last stage, which C4 runs on each RoI."""
+from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -100,13 +101,11 @@ class SimplePyramid(nn.Module):
         super().__init__()
         half, quarter = channels // 2, channels // 4
 
-        def double(inputs: int, outputs: int) -> nn.Module:
-            return nn.ConvTranspose2d(inputs, outputs, kernel_size=2, stride=2)
+        double = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        conv = partial(Conv2dNormActivation, norm_layer=LayerNorm2d, activation_layer=None)
 
         def smooth(inputs: int) -> List[nn.Module]:
-            return [
-                Conv2dNormActivation(inputs, out_channels, 1, norm_layer=LayerNorm2d, activation_layer=None),
-                Conv2dNormActivation(out_channels, out_channels, 3, norm_layer=LayerNorm2d, activation_layer=None)]
+            return [conv(inputs, out_channels, 1), conv(out_channels, out_channels, 3)]
 
         self.levels = nn.ModuleList([
             nn.Sequential(

@@ -148,6 +148,17 @@ def test_coco_figures_are_those_of_pycocotools_called_directly(tmp_path):
     assert list(found.values()) == pytest.approx(100 * evaluation.stats[:3], abs=1e-4) and found['AP50'] > 0
 
 
+@pytest.mark.parametrize('segmentation', [None, [], [[1, 2, 3, 4]]])
+def test_an_object_without_a_mask_counts_among_the_boxes_alone(segmentation):
+    content = coco_content()
+    detections = [
+        dict(d, segmentation=_encoded(content, d)) for d in truth_as_detections(type('A', (), dict(content=content)))]
+    content['annotations'][2]['segmentation'] = segmentation
+    del detections[2]
+    assert coco_precision(content, detections, 'segm').summary() == PERFECT
+    assert coco_precision(content, detections, 'bbox').summary()['AP50'] < 100
+
+
 @pytest.mark.parametrize('precision', [coco_precision, voc07_precision])
 def test_nothing_found_scores_0_and_a_class_without_objects_does_not_count(precision):
     content = one_class(TRUTH)

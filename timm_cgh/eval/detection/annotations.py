@@ -9,7 +9,9 @@ from PIL import Image
 
 from timm_cgh.errors import InputError
 
-__all__ = ['Annotations', 'annotate_mask', 'decode_mask', 'encode_mask', 'make_content', 'mask_api', 'training_objects']
+__all__ = [
+    'Annotations', 'annotate_mask', 'decode_mask', 'encode_mask', 'has_mask', 'make_content', 'mask_api',
+    'training_objects']
 
 _logger = logging.getLogger('eval')
 
@@ -112,7 +114,7 @@ def training_objects(
     images = {image['id']: image for image in content['images']}
     kept: Dict[Any, List[Dict[str, Any]]] = defaultdict(list)
     dropped: Dict[str, List[str]] = defaultdict(list)
-    if masks and not any(_has_mask(a) for a in content['annotations']):
+    if masks and not any(has_mask(a) for a in content['annotations']):
         raise InputError(f'masks: the annotations of `{split_parameter}` have none')
     for a in content['annotations']:
         image = images[a['image_id']]
@@ -121,7 +123,7 @@ def training_objects(
         x2, y2 = min(x + width, image['width']), min(y + height, image['height'])
         reason = (
             'crowd' if a['iscrowd'] else 'no area' if not (x2 > x1 and y2 > y1) else  # NaN has none either
-            'no mask' if masks and not _has_mask(a) else None)
+            'no mask' if masks and not has_mask(a) else None)
         if reason:
             dropped[reason].append(f"{image['file_name']} {a['bbox']}")
         else:
@@ -135,7 +137,7 @@ def training_objects(
     return [kept[id] for id in images], {reason: len(which) for reason, which in dropped.items()}
 
 
-def _has_mask(annotation: Dict[str, Any]) -> bool:
+def has_mask(annotation: Dict[str, Any]) -> bool:
     """A run-length encoding, or polygons of at least three points."""
     segmentation = annotation.get('segmentation')
     return isinstance(segmentation, dict) or any(len(polygon) >= 6 for polygon in segmentation or ())

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 
-from .annotations import mask_api
+from .annotations import has_mask, mask_api
 
 __all__ = ['Precision', 'bootstrap_ap50', 'coco_precision', 'voc07_precision']
 
@@ -38,6 +38,8 @@ def _coco_eval(content: Mapping[str, Any], detections: Sequence[Detection], kind
         truth.dataset = copy.deepcopy(dict(content))  # pycocotools writes into both
         for a in truth.dataset['annotations']:
             a['iscrowd'] = int(bool(a['iscrowd'] or a.get('difficult')))  # neither hit nor miss
+        if kind == 'segm':  # pycocotools takes no objects without a mask
+            truth.dataset['annotations'] = [a for a in truth.dataset['annotations'] if has_mask(a)]
         truth.createIndex()
         found = truth.loadRes(copy.deepcopy(list(detections))) if detections else COCO()
         evaluation = COCOeval(truth, found, kind)

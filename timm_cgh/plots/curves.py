@@ -94,10 +94,7 @@ def save_curves(
 
 @plot
 def save_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Union[str, Path], title: str = '') -> None:
-    """Plot several runs over one another: kNN accuracy, loss, entropy and spread.
-
-    Args:
-        runs: name -> rows, at most eight; for rows, path and title see `save_curves`
+    """Plot several runs (name -> rows, see `save_curves`) over one another: kNN accuracy, loss, entropy and spread.
 
     Raises:
         InputError: more runs than colours

@@ -92,10 +92,9 @@ def save_class_accuracy(
         path: Union[str, Path],
         names: Optional[Sequence[str]] = None,
 ) -> None:
-    """Plot the accuracy of each class, best first: bars with names, a curve where the classes are many.
+    """Plot the accuracy of each class that has images, best first: bars with names, a curve where the classes are many.
 
-    Args:
-        labels, predictions, path, names: see `save_confusion`; classes without an image are left out
+    For the arguments see `save_confusion`.
     """
     names = _class_names(names, labels, predictions)
     _, percent, images = _confusion(labels, predictions, len(names))
@@ -139,12 +138,8 @@ def save_classification(
         predictions: torch.Tensor,
         names: Optional[Sequence[str]] = None,
 ) -> None:
-    """Plot `confusion.png` and `classes.png` into the folder of a run, and log how the classifier in its `export/` is
-    loaded, where there is one.
-
-    Args:
-        output: the folder
-        labels, predictions, names: see `save_confusion`
+    """Plot `confusion.png` and `classes.png` into a run's folder (see `save_confusion`), and log how the classifier in
+    its `export/` is loaded, where there is one.
     """
     save_confusion(labels, predictions, Path(output, 'confusion.png'), names)
     save_class_accuracy(labels, predictions, Path(output, 'classes.png'), names)

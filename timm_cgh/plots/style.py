@@ -100,9 +100,8 @@ def draw_image(axes, image: np.ndarray) -> None:
 
 def label_epochs(axes, title: str, ylabel: str) -> None:
     """Title and labels of axes whose x are epochs, once their lines are drawn; 'not measured' where there are none."""
-    from matplotlib.ticker import MaxNLocator
     axes.set(title=title, ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.locator_params('x', nbins=10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
     if axes.get_subplotspec().is_last_row():
         axes.set_xlabel('epochs completed')
     if not axes.get_lines():

@@ -10,7 +10,7 @@ from safetensors.torch import load_model, save_model
 from timm.models import get_model_args
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from timm_cgh.errors import InputError
@@ -18,7 +18,8 @@ from timm_cgh.files import atomic_path
 from timm_cgh.models.backbone import create_backbone
 
 from .maps import BackboneMaps, MapLayout, SimplePyramid, last_stage, measure_maps
-from .parts import Anchors, Heads, ImageBatch, L1ProposalNetwork, ProposalHead, RegionAlign, RegionPredictor
+from .parts import (
+    Anchors, Heads, ImageBatch, L1ProposalNetwork, MaskPredictor, ProposalHead, RegionAlign, RegionPredictor)
 
 __all__ = ['create_detector', 'load_detector', 'save_detector']
 
@@ -44,13 +45,7 @@ class _Parts(NamedTuple):
     backbone: BackboneMaps
     strides: List[float]  # of the maps that the RPN sees, px
     channels: int  # of these maps
-    heads: Dict[str, Optional[nn.Module]]  # of torchvision's RoIHeads
-
-
-def _mask_predictor(in_channels: int, channels: int, num_classes: int) -> nn.Module:
-    predictor = MaskRCNNPredictor(in_channels, channels, num_classes)
-    nn.init.normal_(predictor.mask_fcn_logits.weight, std=0.001)  # detectron2's
-    return predictor
+    heads: Dict[str, Any]  # of torchvision's RoIHeads
 
 
 def _box_head(channels: int) -> nn.Module:
@@ -63,12 +58,12 @@ def _box_head(channels: int) -> nn.Module:
 
 def _c4_parts(body: nn.Module, layout: MapLayout, stage: nn.Module, classes: int, masks: bool, channels: int) -> _Parts:
     before, last = layout.maps[-2:]
-    heads = dict(
-        box_roi_pool=RegionAlign([before.stride], 14),
-        box_head=SharedStage(stage, last.channels),
-        box_predictor=RegionPredictor(last.channels, classes),
-        mask_predictor=_mask_predictor(last.channels, channels, classes) if masks else None,
-    )
+    pool, head = RegionAlign([before.stride], 14), SharedStage(stage, last.channels)
+    predictor = RegionPredictor(last.channels, classes)
+    heads: Dict[str, Any] = dict(box_roi_pool=pool, box_head=head, box_predictor=predictor)
+    if masks:  # `forward`, not the module, which would be registered twice
+        heads.update(
+            mask_roi_pool=pool, mask_head=head.forward, mask_predictor=MaskPredictor(last.channels, channels, classes))
     return _Parts(BackboneMaps(body, [before.place]), [before.stride], before.channels, heads)
 
 
@@ -82,7 +77,7 @@ def _fpn_parts(body: nn.Module, layout: MapLayout, classes: int, masks: bool, ch
     else:
         neck = SimplePyramid(maps[0].channels, channels)
         strides = [scale * strides[0] for scale in (0.25, 0.5, 1, 2)]
-    heads: Dict[str, Optional[nn.Module]] = dict(
+    heads: Dict[str, Any] = dict(
         box_roi_pool=RegionAlign(strides, 7),
         box_head=_box_head(channels),
         box_predictor=RegionPredictor(4 * channels, classes),
@@ -91,7 +86,7 @@ def _fpn_parts(body: nn.Module, layout: MapLayout, classes: int, masks: bool, ch
         heads.update(
             mask_roi_pool=RegionAlign(strides, 14),
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
-            mask_predictor=_mask_predictor(channels, channels, classes),
+            mask_predictor=MaskPredictor(channels, channels, classes),
         )
     return _Parts(BackboneMaps(body, [m.place for m in maps], neck), [*strides, 2 * strides[-1]], channels, heads)
 

@@ -7,14 +7,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms import v2
 
-__all__ = ['Anchors', 'Heads', 'ImageBatch', 'L1ProposalNetwork', 'ProposalHead', 'RegionAlign', 'RegionPredictor']
+__all__ = [
+    'Anchors', 'Heads', 'ImageBatch', 'L1ProposalNetwork', 'MaskPredictor', 'ProposalHead', 'RegionAlign',
+    'RegionPredictor']
 
 
 class Anchors(AnchorGenerator):
@@ -111,6 +114,18 @@ class RegionPredictor(FastRCNNPredictor):
         return self.cls_score(x).float(), self.bbox_pred(x).float()
 
 
+class MaskPredictor(MaskRCNNPredictor):
+    """Overrides the initialisation, detectron2's here, and `forward`: in float32."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int):
+        super().__init__(in_channels, channels, num_classes)
+        nn.init.normal_(self.mask_fcn_logits.weight, std=0.001)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(R, C, H, W) -> (R, K, 2 H, 2 W)."""
+        return super().forward(x).float()
+
+
 def box_losses(
         logits: torch.Tensor,
         deltas: torch.Tensor,
@@ -166,46 +181,29 @@ def paste_mask(mask: torch.Tensor, box: torch.Tensor, size: Tuple[int, int]) -> 
 
 
 class Heads(RoIHeads):
-    """Overrides `forward`, which calls its losses by name (smooth L1 of fixed beta, masks half a pixel off) and pools
-    again for the masks. Without a `mask_roi_pool` (C4) the mask branch has the box branch's features here; in training
-    they are computed once for both.
+    """Overrides `forward` in training, where it calls its losses by name (smooth L1 of fixed beta, masks half a pixel
+    off). A `mask_head` that is no module but the box head's function (C4) is not called again there: both branches have
+    the same features.
     """
 
-    def _mask_logits(self, regions, features, boxes, image_shapes) -> torch.Tensor:
-        if self.mask_roi_pool is not None:
-            regions = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
-        return self.mask_predictor(regions).float()
-
-    def _losses(self, features, proposals, image_shapes, targets) -> Dict[str, torch.Tensor]:
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """Detections (in eval mode) and losses (in training)."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes)
         proposals, matched, labels, box_targets = self.select_training_samples(proposals, targets)
         regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         logits, deltas = self.box_predictor(regions)
         losses = box_losses(logits, deltas, labels, box_targets)
-        if self.mask_predictor is not None:
+        if self.has_mask():
             chosen = [label > 0 for label in labels]
             boxes, matched = ([v[c] for v, c in zip(values, chosen)] for values in (proposals, matched))
-            logits = self._mask_logits(regions[torch.cat(chosen)], features, boxes, image_shapes)
+            if isinstance(self.mask_head, nn.Module):
+                regions = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
+            else:
+                regions = regions[torch.cat(chosen)]
             masks, labels = ([t[name] for t in targets] for name in ('masks', 'labels'))
-            losses['loss_mask'] = mask_loss(logits, boxes, masks, labels, matched)
-        return losses
-
-    def _detections(self, features, proposals, image_shapes) -> List[Dict[str, torch.Tensor]]:
-        regions = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        boxes, scores, labels = self.postprocess_detections(*self.box_predictor(regions), proposals, image_shapes)
-        detections = [dict(zip(('boxes', 'scores', 'labels'), values)) for values in zip(boxes, scores, labels)]
-        if self.mask_predictor is not None:
-            if self.mask_roi_pool is None:
-                regions = self.box_head(self.box_roi_pool(features, boxes, image_shapes))
-            logits = self._mask_logits(regions, features, boxes, image_shapes)
-            for detection, masks in zip(detections, maskrcnn_inference(logits, labels)):
-                detection['masks'] = masks
-        return detections
-
-    def forward(self, features, proposals, image_shapes, targets=None):
-        """Detections (in eval mode) and losses (in training)."""
-        if self.training:
-            return [], self._losses(features, proposals, image_shapes, targets)
-        return self._detections(features, proposals, image_shapes), {}
+            losses['loss_mask'] = mask_loss(self.mask_predictor(regions), boxes, masks, labels, matched)
+        return [], losses
 
 
 class ImageBatch(GeneralizedRCNNTransform):

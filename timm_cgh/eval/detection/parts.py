@@ -45,8 +45,7 @@ class Anchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: List[torch.Tensor]) -> List[torch.Tensor]:
         """(N, 4) float32 boxes of each image."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
-        strides = [[torch.tensor(s, device=feature_maps[0].device)] * 2 for s in self.strides]
-        anchors = torch.cat(self.grid_anchors([m.shape[-2:] for m in feature_maps], strides))
+        anchors = torch.cat(self.grid_anchors([m.shape[-2:] for m in feature_maps], [(s, s) for s in self.strides]))
         return [anchors] * len(image_list.image_sizes)
 
 

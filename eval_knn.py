@@ -23,7 +23,7 @@ from timm_cgh.data.decode import read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor, best_knn
-from timm_cgh.eval.backbone import load_backbone, load_backbone_or_pixels
+from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.eval.datasets import open_labelled_datasets
 from timm_cgh.eval.knn import knn_predict_distributed, nearest_neighbors
 from timm_cgh.eval.results import describe_accuracy, describe_images, describe_model, write_results
@@ -76,7 +76,7 @@ def main(argv=None):
     if args.save_features:
         make_folder(args.save_features, 'save_features', args.save_features)
 
-    backbone = load_backbone_or_pixels(args.pixels, **arguments_of(load_backbone, args))
+    backbone = load_backbone(**arguments_of(load_backbone, args))
     data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
     if args.k and max(args.k) > len(data.train):
         raise InputError(f'k={max(args.k)}: there are only {len(data.train)} training images')

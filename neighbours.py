@@ -22,7 +22,7 @@ from timm_cgh.data.decode import UNREADABLE, read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
-from timm_cgh.eval.backbone import load_backbone, load_backbone_or_pixels
+from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.eval.start import start_evaluation
 from timm_cgh.files import make_folder, write_csv
 from timm_cgh.plots.evaluation import save_retrieval_grid
@@ -46,7 +46,7 @@ group.add_argument('--rows', type=at_least_one, default=12, metavar='N', help='r
 
 def compute(args, process):
     """Embeddings of the images, and the images."""
-    backbone = load_backbone_or_pixels(args.pixels, **arguments_of(load_backbone, args))
+    backbone = load_backbone(**arguments_of(load_backbone, args))
     images = open_images(backbone.data_config, **arguments_of(open_images, args))
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     with logging_redirect_tqdm():

@@ -15,7 +15,7 @@ from timm_cgh.models.checkpoints import find_source, load_weights, read_file, ru
 
 from .features import Pixels
 
-__all__ = ['Backbone', 'load_backbone', 'load_backbone_or_pixels']
+__all__ = ['Backbone', 'load_backbone']
 
 _logger = logging.getLogger('eval')
 
@@ -75,6 +75,7 @@ def load_backbone(
         img_size: Optional[ImageSize] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
+        pixels: bool = False,
 ) -> Backbone:
     """Load a backbone. What is not given comes from the checkpoint's training run, else from the model.
 
@@ -87,10 +88,14 @@ def load_backbone(
         in_chans: channels of the images
         img_size: side, px, or (H, W)
         mean, std: normalisation, of pixels in [0, 1]
+        pixels: raw pixels (`Pixels`) of the size that the model takes instead, as a baseline
 
     Raises:
         InputError: no such model or file, weights that do not fit, images that the model does not take
     """
+    if pixels and checkpoint:
+        raise InputError('pixels: use no weights, not with `checkpoint`')
+    no_pretrained = no_pretrained or pixels
     if teacher and not checkpoint:
         raise InputError("teacher: is in a run's checkpoint, name it with `checkpoint` RUN/last.pth.tar")
     run = _read_run(checkpoint, model) if checkpoint else {}
@@ -134,23 +139,6 @@ def load_backbone(
         output = net(torch.zeros(2, *data_config['input_size']))
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise InputError(f'model={name}: has no pooled feature')
+    if pixels:
+        net, weights = Pixels(data_config['mean'], data_config['std']), 'pixels'
     return Backbone(net, name, data_config, digest, weights)
-
-
-def load_backbone_or_pixels(pixels: bool, **options: Any) -> Backbone:
-    """A backbone, or raw pixels of the size that it takes, as a baseline.
-
-    Args:
-        pixels: the latter
-        **options: see `load_backbone`
-
-    Raises:
-        InputError: see `load_backbone`; pixels with a checkpoint
-    """
-    if not pixels:
-        return load_backbone(**options)
-    if options.get('checkpoint'):
-        raise InputError('pixels: use no weights, not with `checkpoint`')
-    backbone = load_backbone(**{**options, 'no_pretrained': True})
-    return backbone._replace(
-        model=Pixels(backbone.data_config['mean'], backbone.data_config['std']), weights='pixels')

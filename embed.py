@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from timm_cgh.apply.embeddings import Parts, check_output, join_parts
 from timm_cgh.apply.images import find_unreadable, open_images
 from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one
+from timm_cgh.data import open_dataset
 from timm_cgh.distributed import broadcast_object, end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
@@ -67,7 +68,7 @@ def main(argv=None):
     check_output(args.output, args.overwrite)
 
     backbone = load_backbone(**arguments_of(load_backbone, args))
-    images = open_images(backbone.data_config, **arguments_of(open_images, args))
+    images = open_images(backbone.data_config, image_list=args.image_list, **arguments_of(open_dataset, args))
     parts = Parts(f'{args.output}.parts', images.names, describe_settings(args, backbone), args.part_size)
     remaining = broadcast_object(parts.remaining())  # rank 0's, before another rank has written a part
     done = len(images.names) - len(remaining)

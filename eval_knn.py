@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_cgh.arguments import Parser, add_evaluation_arguments, arguments_of, at_least_one, natural, positive
+from timm_cgh.data import open_dataset
 from timm_cgh.data.decode import read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
@@ -77,7 +78,8 @@ def main(argv=None):
         make_folder(args.save_features, 'save_features', args.save_features)
 
     backbone = load_backbone(**arguments_of(load_backbone, args))
-    data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
+    data = open_labelled_datasets(
+        backbone.data_config, args.train_split, args.val_split, **arguments_of(open_dataset, args))
     if args.k and max(args.k) > len(data.train):
         raise InputError(f'k={max(args.k)}: there are only {len(data.train)} training images')
     _logger.info(

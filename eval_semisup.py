@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, non_negative, positive)
-from timm_cgh.data import read_labels
+from timm_cgh.data import open_dataset, read_labels
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
@@ -151,7 +151,8 @@ def main(argv=None):
     process = start_evaluation(**arguments_of(start_evaluation, args))
 
     backbone = load_backbone(**arguments_of(load_backbone, args))
-    data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
+    data = open_labelled_datasets(
+        backbone.data_config, args.train_split, args.val_split, **arguments_of(open_dataset, args))
     chosen = choose_labelled(args, data.train)
     settings = resume_settings(args, process, backbone, data, chosen)
     state = find_state(args.output, args.resume, settings)

@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 
 from timm_cgh.arguments import (
     Parser, add_evaluation_arguments, add_training_arguments, arguments_of, at_least_one, fraction, natural, positive)
+from timm_cgh.data import open_dataset
 from timm_cgh.data.views import check_range
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking, redact
@@ -165,7 +166,8 @@ def main(argv=None):
     process = start_evaluation(**arguments_of(start_evaluation, args))
 
     backbone = load_backbone(**arguments_of(load_backbone, args))
-    data = open_labelled_datasets(backbone.data_config, **arguments_of(open_labelled_datasets, args))
+    data = open_labelled_datasets(
+        backbone.data_config, args.train_split, args.val_split, **arguments_of(open_dataset, args))
     settings = resume_settings(args, process, backbone, data)
     state = find_state(args.output, args.resume, settings)
     start_epoch, best = (0, None) if state is None else (state['epoch'], state['best'])

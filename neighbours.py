@@ -18,6 +18,7 @@ from timm_cgh.apply.embeddings import Embeddings, read_embeddings
 from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.neighbours import cluster_pairs, find_neighbours, mahalanobis_distances
 from timm_cgh.arguments import Parser, add_image_arguments, add_model_arguments, arguments_of, at_least_one, fraction
+from timm_cgh.data import open_dataset
 from timm_cgh.data.decode import UNREADABLE, read_thumbnail
 from timm_cgh.distributed import end_process
 from timm_cgh.errors import InputError, checking
@@ -47,7 +48,7 @@ group.add_argument('--rows', type=at_least_one, default=12, metavar='N', help='r
 def compute(args, process):
     """Embeddings of the images, and the images."""
     backbone = load_backbone(**arguments_of(load_backbone, args))
-    images = open_images(backbone.data_config, **arguments_of(open_images, args))
+    images = open_images(backbone.data_config, image_list=args.image_list, **arguments_of(open_dataset, args))
     extractor = FeatureExtractor(backbone.data_config, process, **arguments_of(FeatureExtractor, args))
     with logging_redirect_tqdm():
         found = extractor(extractor.prepare(backbone.model), images.dataset)
@@ -60,9 +61,10 @@ def compute(args, process):
 def read(args):
     """Embeddings of a file, and the images if they are named."""
     embeddings = read_embeddings(args.embeddings)
-    named = args.data_dir or args.image_list or args.dataset
+    if not (args.data_dir or args.image_list or args.dataset):
+        return embeddings, None
     config = dict(input_size=(args.in_chans or 3,))
-    return embeddings, open_images(config, **arguments_of(open_images, args)) if named else None
+    return embeddings, open_images(config, image_list=args.image_list, **arguments_of(open_dataset, args))
 
 
 def write_tables(folder, names, found, clusters, outliers, distances):

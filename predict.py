@@ -13,6 +13,7 @@ from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.predictions import ENDINGS, TopClasses, load_classifier, write_predictions
 from timm_cgh.arguments import (
     Parser, add_config_argument, add_image_arguments, add_run_arguments, arguments_of, at_least_one)
+from timm_cgh.data import open_dataset
 from timm_cgh.distributed import end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.start import start_evaluation
@@ -43,7 +44,7 @@ def main(argv=None):
     check_file(args.output, 'output', ENDINGS)
 
     classifier = load_classifier(args.model, args.img_size)
-    images = open_images(classifier.data_config, **arguments_of(open_images, args))
+    images = open_images(classifier.data_config, image_list=args.image_list, **arguments_of(open_dataset, args))
     _logger.info(
         f'{args.model}: {len(images.names)} images, {len(classifier.names)} classes, on {process.device}')
 

@@ -15,7 +15,7 @@ from timm_cgh.apply.images import find_unreadable, open_images, write_unreadable
 from timm_cgh.apply.shards import read_index, write_shards
 from timm_cgh.arguments import (
     Parser, add_config_argument, add_image_arguments, arguments_of, at_least_one, natural, positive, random_seed)
-from timm_cgh.data import read_labels
+from timm_cgh.data import open_dataset, read_labels
 from timm_cgh.distributed import end_process
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.start import start_evaluation
@@ -45,8 +45,8 @@ def main(argv=None):
     process = start_evaluation('cpu', args.seed)
     chans = args.in_chans
     config = dict(input_size=(chans, 8, 8), mean=(0.5,) * chans, std=(0.5,) * chans, interpolation='bilinear')
-    source = arguments_of(open_images, args)
-    images = open_images(config, **{**source, 'split': None if args.image_list else args.split})
+    source = {**arguments_of(open_dataset, args), 'split': None if args.image_list else args.split}
+    images = open_images(config, image_list=args.image_list, **source)
     read_index(images, args.output, args.split)  # what is wrong shows before hours of reading
     with logging_redirect_tqdm():
         readable = FeatureExtractor(config, process, workers=args.workers).find_readable(images.dataset)

@@ -1,7 +1,7 @@
 """Labelled training and validation images of an evaluation."""
 import os
 from contextlib import suppress
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -127,20 +127,14 @@ def _open_validation(
 
 def open_labelled_datasets(
         data_config: Mapping[str, Any],
-        dataset: str = '',
-        data_dir: Optional[str] = None,
         train_split: str = 'train',
         val_split: Optional[str] = 'validation',
         *,
-        seed: int = 42,
-        dataset_download: bool = False,
-        dataset_trust_remote_code: bool = False,
+        dataset: str = '',
+        data_dir: Optional[str] = None,
         class_map: str = '',
-        input_key: Optional[str] = None,
-        target_key: Optional[str] = None,
-        pixel_range: Optional[Sequence[float]] = None,
-        max_pixels: Optional[int] = None,
-        exif_orientation: bool = True,
+        seed: int = 42,
+        **source: Any,
 ) -> LabelledDatasets:
     """Open the training and the validation images and check that their classes are the same.
 
@@ -149,24 +143,12 @@ def open_labelled_datasets(
         train_split, val_split: names of the splits; `val_split` None for `validation`, or where there is none a fifth
             of the training images, which is held out
         seed: of the choice of that fifth
-        others: see `timm_cgh.data.open_dataset`
+        dataset, data_dir, class_map, source: see `timm_cgh.data.open_dataset`
 
     Raises:
         InputError: see `open_labelled` and `check_classes`
     """
-    source: Dict[str, Any] = dict(
-        dataset=dataset,
-        data_dir=data_dir,
-        in_chans=data_config['input_size'][0],
-        dataset_download=dataset_download,
-        dataset_trust_remote_code=dataset_trust_remote_code,
-        class_map=class_map,
-        input_key=input_key,
-        target_key=target_key,
-        pixel_range=pixel_range,
-        max_pixels=max_pixels,
-        exif_orientation=exif_orientation,
-    )
+    source.update(dataset=dataset, data_dir=data_dir, class_map=class_map, in_chans=data_config['input_size'][0])
     train = open_labelled(split=train_split, **source)
     if not dataset and not class_map:  # a class may lack validation images, and must have its number all the same
         source['class_map'] = class_to_idx(train)

@@ -1,5 +1,6 @@
 """Fine-tuning a whole backbone with a classifier: the epochs, and the state that they change."""
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
@@ -54,6 +55,7 @@ def create_classifier(
     return classifier
 
 
+@dataclass
 class FineTuning:
     """A classifier in training.
 
@@ -70,31 +72,26 @@ class FineTuning:
         log_interval: batches between lines of the log
     """
 
-    def __init__(
-            self,
-            classifier: nn.Module,
-            loader: CropLoader,
-            extractor: FeatureExtractor,
-            optimizer: torch.optim.Optimizer,
-            scheduler: Scheduler,
-            *,
-            epochs: int,
-            seed: int = 42,
-            smoothing: float = 0.0,
-            val_interval: int = 1,
-            log_interval: int = 50,
-    ):
-        self.classifier, self.loader, self.extractor = classifier, loader, extractor
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.epochs, self.seed, self.smoothing = epochs, seed, smoothing
-        self.val_interval, self.log_interval = val_interval, log_interval
-        process = extractor.process
-        fill_momentum(optimizer)
-        self.scaler = NativeScaler(process.device.type) if extractor.amp_dtype is torch.float16 else None
-        self.model = classifier
+    classifier: nn.Module
+    loader: CropLoader
+    extractor: FeatureExtractor
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    _: KW_ONLY
+    epochs: int
+    seed: int = 42
+    smoothing: float = 0.0
+    val_interval: int = 1
+    log_interval: int = 50
+
+    def __post_init__(self) -> None:
+        process = self.extractor.process
+        fill_momentum(self.optimizer)
+        self.scaler = NativeScaler(process.device.type) if self.extractor.amp_dtype is torch.float16 else None
+        self.model = self.classifier
         if process.distributed:
             device_ids = [process.device] if process.device.type == 'cuda' else None
-            self.model = DistributedDataParallel(classifier, device_ids=device_ids)
+            self.model = DistributedDataParallel(self.classifier, device_ids=device_ids)
 
     def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint needs; the schedule is a function of the epoch."""

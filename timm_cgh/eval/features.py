@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from timm_cgh.data import image_mode
 from timm_cgh.data.decode import UNREADABLE, image_name, read_image
 from timm_cgh.data.workers import iterate
 from timm_cgh.distributed import Process, all_gather_objects
@@ -155,18 +154,18 @@ class Features(NamedTuple):
     indices: torch.Tensor
 
 
-def why_unreadable(dataset: Dataset, index: int, mode: Optional[str] = None) -> str:
+def why_unreadable(dataset: Dataset, index: int) -> str:
     """The reason why an image cannot be read; '' if it can be now."""
     try:
-        read_image(dataset, index, mode)
+        read_image(dataset, index)
     except UNREADABLE as error:
         return reason(error, 200)
     return ''
 
 
-def _log_unreadable(dataset: Dataset, indices: Sequence[int], mode: str) -> None:
+def _log_unreadable(dataset: Dataset, indices: Sequence[int]) -> None:
     for index in indices[:_MAX_NAMED]:
-        why = why_unreadable(dataset, index, mode)
+        why = why_unreadable(dataset, index)
         _logger.warning(f'Unreadable image left out: {image_name(dataset, index)}' + (f' ({why})' if why else ''))
     if len(indices) > _MAX_NAMED:
         _logger.warning(f'{len(indices) - _MAX_NAMED} more images are unreadable and left out')
@@ -262,7 +261,6 @@ class FeatureExtractor:
             InputError: no image can be read
         """
         process, count = self.process, len(dataset)
-        mode = image_mode(self.data_config['input_size'][0])
         share = block_indices(count, self.batch_size, process.rank, process.world_size)
         features, rows = torch.empty(0, 0), torch.empty(0, 2, dtype=torch.long)
         if len(share):
@@ -273,7 +271,7 @@ class FeatureExtractor:
         indices = torch.cat([part for part, _ in parts]).sort().values
         unreadable = sorted({*range(count)} - {*indices.tolist()})
         if process.primary and (warn_unreadable or len(unreadable) == count):
-            _log_unreadable(dataset, unreadable, mode)
+            _log_unreadable(dataset, unreadable)
         if not len(indices):
             raise InputError(f'data_dir: none of {count} images can be read, {image_name(dataset, 0)} among them')
         features = features.view(len(own), max(width for _, width in parts))  # it is 0 on a rank without images

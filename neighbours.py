@@ -25,7 +25,7 @@ from timm_cgh.errors import InputError, checking
 from timm_cgh.eval import FeatureExtractor
 from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.eval.start import start_evaluation
-from timm_cgh.files import make_folder, write_csv
+from timm_cgh.files import write_csv
 from timm_cgh.plots.evaluation import save_retrieval_grid
 
 _logger = logging.getLogger('eval')
@@ -109,8 +109,7 @@ def main(argv=None):
     args = parser.parse(argv)
     if args.embeddings and (args.pixels or args.model or args.checkpoint):
         raise InputError(f'embeddings={args.embeddings}: takes the place of `model`, `checkpoint` and `pixels`')
-    process = start_evaluation(args.device, args.seed)
-    make_folder(args.output, 'output', args.output)
+    process = start_evaluation(args.device, args.seed, args.output)
     embeddings, images = read(args) if args.embeddings else compute(args, process)
     names = embeddings.names
     if len(names) < 2:

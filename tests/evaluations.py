@@ -8,6 +8,7 @@ from data_files import write_classes
 from script_runner import call_script
 from timm_cgh.data import Digits
 from timm_cgh.eval import create_eval_loader
+from timm_cgh.eval.checkpoint import Recorder
 from timm_cgh.models.export import export_backbone
 
 CONFIG = dict(input_size=(1, 16, 16), mean=(0.3,), std=(0.37,), interpolation='bilinear')
@@ -64,11 +65,11 @@ def exported_top1(output):
 
 def stop_after_saving(monkeypatch):
     """Have the next evaluation that trains stop as if killed, right after it has written its checkpoint."""
-    from timm_cgh.eval import checkpoint
-    save_state = checkpoint.save_state
+    add = Recorder.add
 
-    def save_and_stop(*args, **kwargs):
-        save_state(*args, **kwargs)
-        raise KeyboardInterrupt
+    def add_and_stop(self, row, write, **state):
+        add(self, row, write, **state)
+        if write:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, 'save_state', save_and_stop)
+    monkeypatch.setattr(Recorder, 'add', add_and_stop)

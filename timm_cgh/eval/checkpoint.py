@@ -10,17 +10,11 @@ from timm_cgh.errors import InputError
 from timm_cgh.files import Summary, atomic_write
 from timm_cgh.models.checkpoints import read_file
 
-__all__ = ['Recorder', 'find_state', 'save_state']
+__all__ = ['Recorder', 'find_state']
 
 _logger = logging.getLogger('eval')
 _LAST = 'last.pth.tar'
 _SECONDS = 60  # between two writings
-
-
-def save_state(path: str, settings: Mapping[str, Any], **state: Any) -> None:
-    """Write a checkpoint whole: the settings of its run, and the state."""
-    with atomic_write(path, 'wb') as file:
-        torch.save({'settings': dict(settings), **state}, file)
 
 
 def find_state(output: Optional[str], resume: Optional[str], settings: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
@@ -90,6 +84,7 @@ class Recorder:
             self.summary.rows.append(row)
             return
         self.summary.add(row)
-        done = {self.unit: row[self.unit] + 1}
-        save_state(os.path.join(self.output, _LAST), self.settings, **done, **state)
+        content = {'settings': dict(self.settings), self.unit: row[self.unit] + 1, **state}
+        with atomic_write(os.path.join(self.output, _LAST), 'wb') as file:
+            torch.save(content, file)
         self.written = time.monotonic()

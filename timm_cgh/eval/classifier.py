@@ -19,6 +19,7 @@ def classifier_layers(model: nn.Module) -> List[nn.Module]:
     return list(layers) if isinstance(layers, (tuple, list, nn.ModuleList)) else [layers]
 
 
+@torch.no_grad()
 def as_classifier(
         backbone: nn.Module, weight: torch.Tensor, bias: torch.Tensor, data_config: Mapping[str, Any]) -> nn.Module:
     """Copy of a backbone as a timm model with `num_classes=N`, in eval mode on the CPU.
@@ -31,26 +32,22 @@ def as_classifier(
     Raises:
         ValueError: the architecture's classifier is more than a linear layer on the pooled feature
     """
-    weight, bias = weight.detach().cpu(), bias.detach().cpu()
-    backbone = copy.deepcopy(backbone).cpu().eval()
-    backbone.to(memory_format=torch.contiguous_format)
-    model = copy.deepcopy(backbone)
+    weight, bias = weight.cpu(), bias.cpu()
+    model = copy.deepcopy(backbone).cpu().eval().to(memory_format=torch.contiguous_format)
+    image = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    features = model(image).float()
     model.reset_classifier(len(bias))
     for layer in classifier_layers(model):
         linear = next((m for m in layer.modules() if isinstance(m, (nn.Linear, nn.Conv2d))), None)
         if linear is None or linear.weight.numel() != weight.numel() or linear.bias is None:
             raise ValueError(f'{type(model).__name__} has no place for a linear classifier')
-        with torch.no_grad():
-            linear.weight.copy_(weight.view_as(linear.weight))
-            linear.bias.copy_(bias)
+        linear.weight.copy_(weight.view_as(linear.weight))
+        linear.bias.copy_(bias)
     model.eval()
-    image = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = F.linear(backbone(image).float(), weight, bias)
-        tolerance = 1e-3 * expected.abs().max().item() + 1e-6
-        if not torch.allclose(model(image).float(), expected, rtol=1e-3, atol=tolerance):
-            raise ValueError(
-                f'the classifier of {type(model).__name__} is more than a linear layer on the pooled feature')
+    expected = F.linear(features, weight, bias)
+    tolerance = 1e-3 * expected.abs().max().item() + 1e-6
+    if not torch.allclose(model(image).float(), expected, rtol=1e-3, atol=tolerance):
+        raise ValueError(f'the classifier of {type(model).__name__} is more than a linear layer on the pooled feature')
     return model
 
 

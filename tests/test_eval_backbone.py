@@ -123,6 +123,7 @@ def test_an_export_is_loaded_with_the_preparation_of_its_images(tmp_path):
     (dict(model='test_resnet', no_pretrained=True, mean=[0.5, 0.5]), 'mean', '2 values'),
     (dict(model='test_vit', no_pretrained=True, img_size=7), 'img_size', '7'),
     (dict(model='test_resnet', no_pretrained=True, model_kwargs=dict(nonsense=1)), 'model', 'nonsense'),
+    (dict(model='test_vit', no_pretrained=True, model_kwargs=dict(act_layer='nonsense')), 'model', 'nonsense'),
     (dict(model='test_resnet', no_pretrained=True, model_kwargs=dict(global_pool='')), 'model', 'no pooled feature'),
 ])
 def test_models_that_cannot_be_loaded_are_refused(arguments, parameter, part):

@@ -40,7 +40,7 @@ def _create(name: str, run: Dict[str, Any], img_size: Any, pretrained: bool, opt
     wrapper = {}
     if run.get('features_only'):
         wrapper = dict(features_only=True, out_indices=run.get('out_indices') or (-2, -1))
-    with checking('model', name, AssertionError, OSError, RuntimeError, TypeError, ValueError):
+    with checking('model', name, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError):
         return create_backbone(name, img_size=img_size, pretrained=pretrained, **options, **wrapper)
 
 

@@ -10,8 +10,7 @@ import os
 import sys
 import time
 
-# On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see timm_cgh/__init__.py
 
 import torch
 import torch.distributed as dist

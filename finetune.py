@@ -12,8 +12,7 @@ import os
 import sys
 import time
 
-# On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see timm_cgh/__init__.py
 
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2

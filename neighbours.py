@@ -8,8 +8,7 @@ import logging
 import os
 import sys
 
-# On a CPU, OpenMP threads that wait for each other spin; beside data workers they would starve one another.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # before torch is loaded, see timm_cgh/__init__.py
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm

@@ -11,9 +11,9 @@ from torch.utils.data import Subset
 from data_files import write_classes, write_images
 from input_errors import refused
 from timm_cgh.data import Digits, read_labels
+from timm_cgh.distributed import block_indices
 from timm_cgh.eval import FeatureExtractor, Pixels, create_eval_loader, extract_features
 from timm_cgh.eval.datasets import class_names, open_labelled, open_labelled_datasets
-from timm_cgh.eval.gather import block_indices
 from timm_cgh.train.monitor import KnnMonitor
 
 CONFIG = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear')

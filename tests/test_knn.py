@@ -5,8 +5,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from timm_cgh.distributed import block_indices
 from timm_cgh.eval import best_knn, knn_accuracy, knn_predict
-from timm_cgh.eval.gather import block_indices
 from timm_cgh.eval.knn import nearest_neighbors, one_shot_accuracy
 
 

@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from timm_cgh.data.decode import UNREADABLE, image_name, read_image
 from timm_cgh.data.workers import iterate
-from timm_cgh.distributed import Process, all_gather_objects
+from timm_cgh.distributed import Process, all_gather_objects, block_indices, gather_rows
 from timm_cgh.errors import InputError, reason
 
-from .gather import block_indices, gather_rows
 from .loader import create_eval_loader
 
 __all__ = [

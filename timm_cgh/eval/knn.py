@@ -5,9 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from timm_cgh.distributed import Process
-
-from .gather import block_indices, gather_rows
+from timm_cgh.distributed import Process, block_indices, gather_rows
 
 __all__ = [
     'best_knn', 'knn_accuracy', 'knn_predict', 'knn_predict_distributed', 'nearest_neighbors', 'one_shot_accuracy']

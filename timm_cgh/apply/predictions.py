@@ -9,7 +9,6 @@ import torch
 import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from timm_cgh.data import image_mode
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import atomic_write
 from timm_cgh.models.backbone import ImageSize, check_model, create_backbone, resolve_data_config
@@ -59,7 +58,6 @@ def load_classifier(model: str, img_size: Optional[ImageSize] = None) -> Classif
     data_config = resolve_data_config(net.pretrained_cfg, img_size=img_size)
     if img_size is None:  # the crop that the classifier was trained for, where evaluations take the paper's
         data_config.update({k: v for k, v in net.pretrained_cfg.items() if k in ('crop_pct', 'crop_mode') and v})
-    image_mode(data_config['input_size'][0])
     return Classifier(net, data_config, _class_names(net))
 
 

@@ -127,7 +127,7 @@ def load_backbone(
     data_config = resolve_data_config(
         {**net.pretrained_cfg, **given},
         in_chans=options.get('in_chans'),
-        img_size=img_size or options.get('img_size'),
+        img_size=img_size,
         mean=mean,
         std=std,
         interpolation=run.get('train_interpolation'),

@@ -65,14 +65,8 @@ def export_classifier(
         data_config: `input_size`, `mean`, `std`, `interpolation` that it was evaluated with
         names: of the classes, in the order of their labels
     """
-    export_backbone(
-        model,
-        folder,
-        **data_config,
-        crop_pct=eval_crop_pct(min(data_config['input_size'][1:])),
-        tag=tag,
-        label_names=names,
-    )
+    crop_pct = eval_crop_pct(min(data_config['input_size'][1:]))
+    export_backbone(model, folder, **data_config, crop_pct=crop_pct, tag=tag, label_names=names)
 
 
 def top_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float]:

@@ -36,14 +36,10 @@ def open_labelled(
         data_dir: Optional[str],
         split: str,
         *,
-        in_chans: int = 3,
         split_parameter: str = 'train_split',
         **source: Any,
 ) -> Dataset:
-    """A split of a data set, its labelled images only: (PIL image, label) items.
-
-    Args:
-        dataset, data_dir, split, in_chans, split_parameter, source: see `timm_cgh.data.open_dataset`
+    """A split of a data set, its labelled images only: (PIL image, label) items. Parameters: see `open_dataset`.
 
     Raises:
         InputError: no such split, a stream, no labels
@@ -52,7 +48,7 @@ def open_labelled(
             and any(find_split_folder(data_dir, name) for name in ('train', 'validation', 'test')):
         # open_dataset would take all of data_dir for the training images
         raise InputError(f'{split_parameter}={split}: no such folder in {data_dir}')
-    images = open_dataset(dataset, data_dir, split, in_chans=in_chans, split_parameter=split_parameter, **source)
+    images = open_dataset(dataset, data_dir, split, split_parameter=split_parameter, **source)
     if is_stream(images):
         raise InputError(
             f'dataset={dataset}: a stream, whose images cannot be counted; use a folder, torch/ or hfds/')

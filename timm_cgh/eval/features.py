@@ -20,9 +20,7 @@ from timm_cgh.errors import InputError, reason
 
 from .loader import create_eval_loader
 
-__all__ = [
-    'FeatureExtractor', 'Features', 'Pixels', 'extract_features', 'iterate_features', 'pooled_features',
-    'why_unreadable']
+__all__ = ['FeatureExtractor', 'Features', 'Pixels', 'extract_features', 'pooled_features', 'why_unreadable']
 
 _logger = logging.getLogger('eval')
 _MAX_NAMED = 20  # unreadable images
@@ -62,17 +60,14 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.train(flag)
 
 
-def iterate_features(
+def _feature_batches(
         model: nn.Module,
         loader: Iterable[Tuple[torch.Tensor, torch.Tensor]],
-        device: Union[str, torch.device] = 'cpu',
-        amp_dtype: Optional[torch.dtype] = None,
-        channels_last: bool = False,
+        device: Union[str, torch.device],
+        amp_dtype: Optional[torch.dtype],
+        channels_last: bool,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of `extract_features` one by one: (B, D) float32 features and (B, ...) labels, on the CPU.
-
-    Features of an empty batch are (0, 0). The model is in eval mode until the last batch.
-    """
+    """(B, D) float32 features, (0, 0) of an empty batch, and (B, ...) labels of each batch, on the CPU."""
     if getattr(model, 'num_classes', 0):
         raise ValueError(f'features need a model without classifier: num_classes=0, not {model.num_classes}')
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -113,7 +108,7 @@ def extract_features(
     """
     # a data loader draws from the global generator: an evaluation must not change what training draws next
     with torch.random.fork_rng(devices=[]):
-        batches = list(iterate_features(model, loader, device, amp_dtype, channels_last))
+        batches = list(_feature_batches(model, loader, device, amp_dtype, channels_last))
     if not batches:
         raise ValueError('no images to extract features from')
     features, labels = zip(*batches)
@@ -241,7 +236,7 @@ class FeatureExtractor:
         share = indices[block_indices(len(indices), self.batch_size, self.process.rank, self.process.world_size)]
         if not len(share):
             return
-        batches = iterate_features(
+        batches = _feature_batches(
             model, self._loader(dataset, share), self.process.device, self.amp_dtype, self.channels_last)
         for (features, rows), block in zip(batches, share.split(self.batch_size)):
             yield features, share[rows[:, 1]], block

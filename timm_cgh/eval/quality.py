@@ -23,12 +23,9 @@ def rankme(features: torch.Tensor, eps: float = 1e-7) -> float:
 
 @torch.no_grad()
 def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean squared distance of the unit features of two views of each image, 0 to 4; lower is more invariant.
+    """Mean squared distance of two views of each image, 0 to 4; lower is more invariant.
 
-    Wang and Isola, ICML 2020, Eq. 3 with alpha 2.
-
-    Args:
-        first, second: (N, D) features, normalised here
+    Wang and Isola, ICML 2020, Eq. 3 with alpha 2, of (N, D) features, which are normalised here.
     """
     return float((F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).mean())
 
@@ -38,10 +35,7 @@ def uniformity(features: torch.Tensor) -> float:
     """log of the mean of exp(-2 squared distance) over all pairs of images: 0 for equal features, about -4 for many
     that point in all directions.
 
-    Wang and Isola, ICML 2020, Eq. 4 with t 2.
-
-    Args:
-        features: (N, D), normalised here; at least two
+    Wang and Isola, ICML 2020, Eq. 4 with t 2, of (N, D) features, N > 1, which are normalised here.
     """
     squared = torch.pdist(F.normalize(features.double(), dim=1)).square()
     return float(squared.mul(-2).logsumexp(0) - torch.log(torch.tensor(len(squared), dtype=torch.float64)))

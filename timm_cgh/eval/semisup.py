@@ -88,12 +88,7 @@ def listed_subset(dataset: Dataset, label_list: str) -> np.ndarray:
 
 
 def param_groups(model: nn.Module, lr: float, lr_head: float) -> List[Dict[str, Any]]:
-    """Parameter groups of a timm model's backbone and its classifier, each with its own learning rate.
-
-    Args:
-        model: timm model with a classifier
-        lr, lr_head: of the backbone and of the classifier
-    """
+    """Parameter groups of a timm classifier: the backbone's with the rate `lr`, the classifier's with `lr_head`."""
     head = {id(p): p for layer in classifier_layers(model) for p in layer.parameters()}
     body = [p for p in model.parameters() if id(p) not in head]
     return [dict(params=body, lr=lr), dict(params=list(head.values()), lr=lr_head)]

@@ -1,6 +1,7 @@
 """Fine-tuning with few labels: which images are labelled, and the two learning rates (Sec. 4.3)."""
 import os
 from collections import defaultdict
+from itertools import zip_longest
 from typing import Any, DefaultDict, Dict, List, Sequence
 
 import numpy as np
@@ -39,12 +40,10 @@ def balanced_subset(labels: Sequence[int], share: float, seed: int = 42) -> np.n
         raise ValueError('no labelled image')
     members = [
         np.random.default_rng((seed, 11, int(c))).permutation(np.flatnonzero(values == c)) for c in classes]
-    images = np.concatenate(members)
     # deal out the images in rounds, one of each class in a random order of the classes, while it has any
-    rounds = np.concatenate([np.arange(len(m)) for m in members])
-    turns = np.argsort(np.random.default_rng((seed, 11)).permutation(len(classes)))
-    order = np.lexsort((turns.repeat([len(m) for m in members]), rounds))
-    return np.sort(images[order[:max(round(share * len(images)), len(classes))]])
+    turns = [members[c] for c in np.random.default_rng((seed, 11)).permutation(len(classes))]
+    dealt = [image for dealing in zip_longest(*turns) for image in dealing if image is not None]
+    return np.sort(dealt[:max(round(share * len(dealt)), len(classes))])
 
 
 def listed_subset(dataset: Dataset, label_list: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Predictions of a classifier: the most probable classes of each image, by name."""
-import csv
 import json
-from pathlib import Path
+from itertools import chain
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
@@ -10,7 +9,7 @@ import torch.nn as nn
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from timm_cgh.errors import InputError, checking
-from timm_cgh.files import atomic_write
+from timm_cgh.files import atomic_write, write_csv
 from timm_cgh.models.backbone import ImageSize, check_model, create_backbone, resolve_data_config
 
 __all__ = ['ENDINGS', 'Classifier', 'TopClasses', 'load_classifier', 'write_predictions']
@@ -89,17 +88,17 @@ def write_predictions(output: str, names: Sequence[str], outputs: torch.Tensor, 
     rows = [
         [(classes[int(number)], round(probability, 6)) for number, probability in zip(*pair)]
         for pair in zip(numbers.tolist(), probabilities.tolist())]
-    with checking('output', output, OSError), atomic_write(output) as file:
+    with checking('output', output, OSError):
         if output.endswith('.csv'):
-            writer = csv.writer(file, lineterminator='\n')
             places = range(1, numbers.shape[1] + 1)
-            writer.writerow(['file_name', *(f'{of}_{place}' for place in places for of in ('class', 'probability'))])
-            writer.writerows([name, *(value for pair in row for value in pair)] for name, row in zip(names, rows))
+            header = ['file_name', *(f'{of}_{place}' for place in places for of in ('class', 'probability'))]
+            write_csv(output, header, ([name, *chain(*row)] for name, row in zip(names, rows)))
             return
         items = [
             dict(file_name=name, predictions=[dict(zip(('class', 'probability'), pair)) for pair in row])
             for name, row in zip(names, rows)]
-        if Path(output).suffix == '.json':
-            json.dump(items, file, indent=1, ensure_ascii=False)
-        else:
-            file.writelines(f'{json.dumps(item, ensure_ascii=False)}\n' for item in items)
+        with atomic_write(output) as file:
+            if output.endswith('.json'):
+                json.dump(items, file, indent=1, ensure_ascii=False)
+            else:
+                file.writelines(f'{json.dumps(item, ensure_ascii=False)}\n' for item in items)

@@ -1,5 +1,4 @@
 """Labelled training and validation images of an evaluation."""
-import os
 from contextlib import suppress
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -44,7 +43,7 @@ def open_labelled(
     Raises:
         InputError: no such split, a stream, no labels
     """
-    if not dataset and data_dir and os.path.isdir(data_dir) and find_split_folder(data_dir, split) is None \
+    if not dataset and data_dir and find_split_folder(data_dir, split) is None \
             and any(find_split_folder(data_dir, name) for name in ('train', 'validation', 'test')):
         # open_dataset would take all of data_dir for the training images
         raise InputError(f'{split_parameter}={split}: no such folder in {data_dir}')
@@ -108,8 +107,7 @@ def _open_validation(
     if val_split:
         check_disjoint(train, train_split, val_split, *where)
     free = not splits_overlap(train, train_split, 'validation', *where)
-    folder = not source['dataset'] and os.path.isdir(str(source['data_dir']))
-    if val_split or (folder and free and find_split_folder(source['data_dir'], 'validation')):
+    if val_split or (free and not source['dataset'] and find_split_folder(source['data_dir'], 'validation')):
         split = val_split or 'validation'
         return train, open_labelled(split=split, split_parameter='val_split', **source), split
     if source['dataset'] and free:

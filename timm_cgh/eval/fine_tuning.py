@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import NativeScaler, distribute_bn
+from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -87,7 +87,7 @@ class FineTuning:
     def __post_init__(self) -> None:
         process = self.extractor.process
         fill_momentum(self.optimizer)
-        self.scaler = NativeScaler(process.device.type) if self.extractor.amp_dtype is torch.float16 else None
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.extractor.amp_dtype is torch.float16)
         self.model = self.classifier
         if process.distributed:
             device_ids = [process.device] if process.device.type == 'cuda' else None
@@ -98,13 +98,13 @@ class FineTuning:
         return dict(
             classifier=self.classifier.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            scaler=None if self.scaler is None else self.scaler.state_dict(),
+            scaler=self.scaler.state_dict(),
         )
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.classifier.load_state_dict(state['classifier'])
         load_optimizer(self.optimizer, state['optimizer'])
-        if self.scaler is not None and state['scaler'] is not None:
+        if state['scaler']:  # of a run in float16
             self.scaler.load_state_dict(state['scaler'])
 
     def evaluate(self, val: Dataset, warn_unreadable: bool = True) -> Features:
@@ -141,8 +141,7 @@ class FineTuning:
         extractor, process, steps = self.extractor, self.extractor.process, len(self.loader)
         total, seen = torch.zeros((), device=process.device), 0
         self.model.train()
-        images_per_step = self.loader.sampler.block
-        progress = Progress(epoch, self.epochs, 0, steps, images_per_step, silent=not process.primary)
+        progress = Progress(epoch, self.epochs, 0, steps, self.loader.sampler.block, silent=not process.primary)
         for batch, (images, labels, count) in enumerate(progress.waiting(self.loader.epoch(epoch))):
             self.scheduler.step_update(epoch * steps + batch)
             # the model's own randomness (dropout, stochastic depth) by step and process, also after a resume
@@ -153,11 +152,9 @@ class FineTuning:
             loss = F.cross_entropy(logits.float(), labels, reduction='sum', label_smoothing=self.smoothing)
             # DDP averages over the processes: each gives its part of the mean over the whole batch
             share = loss * (process.world_size / count)
-            if self.scaler is None:
-                share.backward()
-                self.optimizer.step()
-            else:
-                self.scaler(share, self.optimizer)
+            self.scaler.scale(share).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad()
             total, seen = total + loss.detach(), seen + count
             progress.bar.update()

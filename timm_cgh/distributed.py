@@ -96,13 +96,7 @@ def block_indices(count: int, size: int, rank: int, world_size: int) -> torch.Te
     return torch.cat(blocks) if blocks else torch.arange(0)
 
 
-def gather_rows(
-        rows: torch.Tensor,
-        indices: torch.Tensor,
-        count: int,
-        device: torch.device,
-        chunk_bytes: int = 2 ** 26,
-) -> torch.Tensor:
+def gather_rows(rows: torch.Tensor, indices: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
     """Gather the rows of all ranks, in order. Collective: every rank must call.
 
     Args:
@@ -110,7 +104,6 @@ def gather_rows(
         indices: (n,) their places among those of all ranks
         count: rows of all ranks
         device: that the process group communicates with
-        chunk_bytes: exchanged at a time, which bounds the memory on the device
 
     Returns:
         (count, ...) on the CPU of every rank
@@ -119,7 +112,7 @@ def gather_rows(
         return rows
     out = rows.new_zeros((count, *rows.shape[1:]))
     out[indices] = rows
-    for part in out.split(max(1, chunk_bytes // max(1, out[:1].nbytes))):
+    for part in out.split(max(1, 2 ** 26 // max(1, out[:1].nbytes))):  # 64 MB at a time on the device
         shared = part.to(device)
         dist.all_reduce(shared)  # the sum of a row and zeros
         part.copy_(shared)

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Seq
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from timm_cgh.errors import InputError, checking
 from timm_cgh.files import atomic_path, atomic_write, check_file, make_folder
@@ -244,8 +244,7 @@ def _read_npy(path: Path) -> Embeddings:
 
 def _read_safetensors(path: Path) -> Embeddings:
     with safe_open(path, 'pt') as file:
-        names = json.loads(file.metadata()['file_names'])
-    return Embeddings(names, load_file(path)['features'])
+        return Embeddings(json.loads(file.metadata()['file_names']), file.get_tensor('features'))
 
 
 def read_embeddings(path: str) -> Embeddings:

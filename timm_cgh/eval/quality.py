@@ -6,16 +6,13 @@ __all__ = ['alignment', 'rankme', 'uniformity']
 
 
 @torch.no_grad()
-def rankme(features: torch.Tensor, eps: float = 1e-7) -> float:
-    """Effective rank of (N, D) features: exp of the entropy of their normalised singular values.
+def rankme(features: torch.Tensor) -> float:
+    """Effective rank of (N, D) features, not normalised: exp of the entropy of their normalised singular values.
 
     Between 1 (collapsed to a line) and min(N, D). Among runs of one method and data set, a higher value mostly goes
     with a higher linear accuracy. RankMe (Garrido, Balestriero, Najman and LeCun, ICML 2023), Eq. 1.
-
-    Args:
-        features: not normalised
-        eps: added to the normalised singular values
     """
+    eps = 1e-7
     singular = torch.linalg.svdvals(features.double())
     p = singular / singular.sum().clamp_min(eps) + eps
     return float(torch.exp(-(p * p.log()).sum()))

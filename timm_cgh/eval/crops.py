@@ -71,9 +71,6 @@ class _Crops(Dataset):
     def __init__(self, dataset: Dataset, transform: Any, seed: int, mode: str):
         self.dataset, self.transform, self.seed, self.mode = dataset, transform, seed, mode
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, key: Tuple[int, int]) -> Tuple[torch.Tensor, int]:
         try:
             image, label = read_image(self.dataset, key[1], self.mode)

@@ -2,7 +2,7 @@
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
@@ -75,10 +75,6 @@ def open_images(
         data_dir: Optional[str] = None,
         split: Optional[str] = None,
         image_list: Optional[str] = None,
-        *,
-        pixel_range: Optional[Sequence[float]] = None,
-        max_pixels: Optional[int] = None,
-        exif_orientation: bool = True,
         **source: Any,
 ) -> NamedImages:
     """Open all images of a source, whatever their labels.
@@ -89,7 +85,7 @@ def open_images(
         split: default all of `data_dir`, the training images of other data sets
         image_list: text file of paths below `data_dir` (default: the current folder), one per line; blank lines and
             `#` comments are skipped
-        others, source: see `timm_cgh.data.open_dataset`
+        source: see `timm_cgh.data.open_dataset`
 
     Raises:
         InputError: nothing there, or a stream
@@ -105,15 +101,14 @@ def open_images(
         raise InputError('data_dir: say which images, by it, `image_list` or `dataset`')
     elif not dataset and os.path.isfile(str(data_dir)) and not str(data_dir).endswith('.tar'):
         files = os.path.dirname(str(data_dir)), [os.path.basename(str(data_dir))]
-    decoding: Dict[str, Any] = dict(
-        in_chans=data_config['input_size'][0], pixel_range=pixel_range, max_pixels=max_pixels,
-        exif_orientation=exif_orientation)
+    source['in_chans'] = data_config['input_size'][0]
     if files:
         images: Any = ImageDataset(files[0], reader=_ListReader(*files))
-        images.decoding = create_decoding(**decoding)
+        keys = ('in_chans', 'pixel_range', 'max_pixels', 'exif_orientation')
+        images.decoding = create_decoding(**{key: source[key] for key in keys if key in source})
     else:
-        source.update(decoding, search_split=split is not None, split_parameter='split')
-        images = open_dataset(dataset, data_dir, split, **source)
+        images = open_dataset(
+            dataset, data_dir, split, search_split=split is not None, split_parameter='split', **source)
     names = file_names(images) or [f'image {index}' for index in range(len(images))]
     return NamedImages(images, unique_names([_printable(name) for name in names]))
 

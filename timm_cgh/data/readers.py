@@ -139,7 +139,7 @@ def _classify(paths: Sequence[Folders], class_to_idx: Optional[Dict[str, int]]) 
     """
     if class_to_idx is not None:
         return [next((name for name in (*p[-1:], *p[:1]) if name in class_to_idx), '') for p in paths], class_to_idx
-    twice = [name for name, count in Counter(path[-1] for path in {*paths} if len(path) > 1).items() if count > 1]
+    twice = sorted(name for name, n in Counter(path[-1] for path in {*paths} if len(path) > 1).items() if n > 1)
     if twice:
         _logger.info(f'Folders {twice[0]} in several places: the classes are the first folders below the root')
     names = [path[0 if twice else -1] if path else '' for path in paths]

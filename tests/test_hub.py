@@ -17,6 +17,7 @@ from conftest import REPOSITORY
 from input_errors import refused
 from run_folders import change_file
 from timm_cgh.errors import InputError
+from timm_cgh.eval.backbone import load_backbone
 from timm_cgh.models import pretrained
 
 
@@ -109,6 +110,13 @@ def test_pretrained_names_the_checkpoints_of_other_architectures(weights):
 def test_unknown_checkpoint_tag_is_refused(weights):
     with refused('cgh_resnet18', "no checkpoint tagged 'in1k' (available: cgh_resnet18)"):
         timm.create_model('cgh_resnet18.in1k')
+
+
+@pytest.mark.parametrize('name', sorted({key.split('.')[0] for key in pretrained._folders()}))
+def test_random_weights_are_for_the_images_of_the_published_ones(name):
+    loaded, random = (load_backbone(name, no_pretrained=no_pretrained) for no_pretrained in (False, True))
+    assert loaded.digest != random.digest and loaded.data_config == random.data_config
+    assert list(timm.get_pretrained_cfg(name).input_size) == list(loaded.data_config['input_size'])
 
 
 def test_every_row_pins_commit_and_content():

@@ -1,4 +1,5 @@
 """Registry entry points `cgh_resnet18` and `cgh_resnet50`: plain timm ResNets, and where their CGH weights are."""
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
@@ -9,6 +10,7 @@ from timm.models import PretrainedCfg, generate_default_cfgs, register_model, re
 from timm_cgh.download import fetch_folder, verify
 from timm_cgh.errors import InputError, checking
 
+from .backbone import read_config
 from .checkpoints import load_folder
 
 __all__ = ['CHECKPOINTS', 'published']
@@ -18,15 +20,31 @@ __all__ = ['CHECKPOINTS', 'published']
 #   hf_hub_id  'owner/name@<commit>': pinned, so that later pushes change nothing here
 #   sha256     of its model.safetensors
 #   metrics    evaluation (its protocol is in the model card) -> top-1 in percent
-#   what differs from _cfg(): input_size, mean, std, interpolation, crop_pct
+#   of the images, where they differ from _cfg(): input_size, mean, std, interpolation, crop_pct
 # A folder weights/<key>/ of the repository, written by a dry run of `publish.py`, takes precedence and needs no row.
 CHECKPOINTS: Dict[str, Dict[str, Any]] = {}
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # unless the package is installed without it
+_OF_IMAGES = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 
 
-def _cfg(architecture: str, **kwargs: Any) -> PretrainedCfg:
-    """timm configuration of a CGH backbone at 224 px (Sec. 4.1): the stock architecture without a classifier."""
+def _folders() -> Dict[str, Path]:
+    """Checkpoints in the repository: key -> folder."""
+    if not (REPOSITORY / 'hubconf.py').is_file():
+        return {}
+    return {path.parent.name: path.parent for path in sorted(REPOSITORY.glob('weights/cgh_*/config.json'))}
+
+
+def _cfg(architecture: str, key: str = '', **kwargs: Any) -> PretrainedCfg:
+    """timm configuration of the stock architecture without a classifier, for the images of a checkpoint.
+
+    As in timm it describes the checkpoint whether its weights are loaded or not, so that random weights are evaluated
+    on the same images. Without a checkpoint it is the paper's (Sec. 4.1), 224 px.
+    """
+    images, folder = CHECKPOINTS.get(key, {}), _folders().get(key)
+    if folder is not None:
+        with suppress(InputError):  # whoever loads it is told what is wrong with it
+            images = read_config(folder / 'config.json').get('pretrained_cfg', {})
     return PretrainedCfg(**{
         'architecture': architecture,
         'num_classes': 0,
@@ -35,15 +53,9 @@ def _cfg(architecture: str, **kwargs: Any) -> PretrainedCfg:
         'first_conv': 'conv1',
         'classifier': 'fc',
         'license': 'apache-2.0',
-        **{key: value for key, value in kwargs.items() if key not in ('sha256', 'metrics')},
+        **{name: images[name] for name in _OF_IMAGES if name in images},
+        **kwargs,
     })
-
-
-def _folders() -> Dict[str, Path]:
-    """Checkpoints in the repository: key -> folder."""
-    if not (REPOSITORY / 'hubconf.py').is_file():
-        return {}
-    return {path.parent.name: path.parent for path in sorted(REPOSITORY.glob('weights/cgh_*/config.json'))}
 
 
 def published(name: str = '') -> List[str]:
@@ -56,8 +68,8 @@ def published(name: str = '') -> List[str]:
 default_cfgs = generate_default_cfgs({
     'cgh_resnet18': _cfg('resnet18'),
     'cgh_resnet50': _cfg('resnet50'),
-    **{key: _cfg('', file=str(folder / 'model.safetensors')) for key, folder in _folders().items()},
-    **{key: _cfg('', **row) for key, row in CHECKPOINTS.items()},
+    **{key: _cfg('', key, file=str(folder / 'model.safetensors')) for key, folder in _folders().items()},
+    **{key: _cfg('', key, hf_hub_id=row['hf_hub_id']) for key, row in CHECKPOINTS.items()},
 })
 
 
@@ -101,8 +113,7 @@ def _create(
         if pretrained_cfg and key not in keys:
             available = ', '.join(keys) or 'none'
             raise InputError(f"{name}: no checkpoint tagged '{pretrained_cfg}' (available: {available})")
-        row = {entry: value for entry, value in CHECKPOINTS.get(key, {}).items() if entry != 'hf_hub_id'}
-        cfg = _cfg(architecture, **row, tag=key.partition('.')[2] or None)
+        cfg = _cfg(architecture, key, tag=key.partition('.')[2] or None)
     cfg = resolve_pretrained_cfg(name, cfg, {'architecture': architecture, **overlay})
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         return _load_published(name, key, pretrained_cfg_overlay=overlay, **kwargs)

@@ -87,10 +87,13 @@ def find_split_folder(data_dir: str, split: str) -> Optional[str]:
     `val`, `valid`, ... are synonyms; an entry may be a tar, and have capitals.
     """
     names = (split, *next((names for names in _SYNONYMS if split in names), ()))
+    names = (*names, *(f'{name}.tar' for name in names))
+    wanted = {name.lower() for name in names}
     for root in (data_dir, os.path.join(data_dir, 'images')):
-        entries = sorted(os.listdir(root)) if os.path.isdir(root) else []
-        for name in (*names, *(f'{name}.tar' for name in names)):
-            for entry in (name, *entries):
+        there = os.listdir(root) if os.path.isdir(root) else []  # perhaps a million images
+        alike = sorted(entry for entry in there if entry.lower() in wanted)
+        for name in names:
+            for entry in (name, *alike):
                 path = os.path.join(root, entry)
                 if entry.lower() == name.lower() and os.path.exists(path):
                     return path

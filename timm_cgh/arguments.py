@@ -50,7 +50,7 @@ deviation = _number(float, 1e-6, 1, 'a number above 0 (pixels are in [0, 1])')
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]:
-    """The options that a function or class takes as keyword arguments of their names; `amp_dtype`: `autocast_dtype`."""
+    """The options that a function or class has parameters for, by name; `amp_dtype` as `autocast_dtype` gives it."""
     names = inspect.signature(function).parameters
     options = {name: value for name, value in vars(args).items() if name in names}
     return {**options, 'amp_dtype': autocast_dtype(args)} if 'amp_dtype' in options else options
@@ -186,10 +186,11 @@ class Parser(argparse.ArgumentParser):
         path = options.get('config') or (None if named else self.default_config)
         if not path:
             return None, {}
-        included = os.path.join(_CONFIGS, os.path.basename(path))
-        there = os.path.exists(path) or os.path.dirname(path) not in ('', 'configs') or not os.path.exists(included)
+        file, included = path, os.path.join(_CONFIGS, os.path.basename(path))
+        if os.path.dirname(path) in ('', 'configs') and not os.path.exists(path) and os.path.exists(included):
+            file = included
         try:
-            content = read_yaml(path if there else included)
+            content = read_yaml(file)
         except InputError as error:
             raise InputError(f'config={error}') from error
         return path, self._check(content, f'config={path}: ')

@@ -22,7 +22,7 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
 
     For writers that want a name rather than an open file (safetensors). Who reads `path` meanwhile, or finds it after a
     kill, sees the old content; what a kill leaves is a hidden `.<name>.<process id>.tmp`, which the next writer with
-    that id replaces. An `OSError` names a file.
+    that id replaces. The folder must exist; an `OSError` always has its `filename`.
     """
     path = Path(path)
     # not tempfile: its files are readable by their owner only, whatever the umask

@@ -32,7 +32,7 @@ class Facts(NamedTuple):
     repo_id: str  # `owner/name`
     revision: Optional[str]  # branch, None for main
     config: Dict[str, Any]  # the `config.json`
-    args: Mapping[str, Any]  # the run's `args.yaml`, defaults that depended on the data settled if the run wrote them
+    args: Mapping[str, Any]  # the run's `args.yaml`, with the settled defaults of `resolved.yaml` if there is one
     epochs: int  # that the run has completed
     processes: Optional[int]  # that it ran on, None if unknown
     dataset: str  # name of the training images

@@ -180,9 +180,8 @@ def paste_mask(mask: torch.Tensor, box: torch.Tensor, size: Tuple[int, int]) -> 
 
 
 class Heads(RoIHeads):
-    """Overrides `forward` in training, where it calls its losses by name (smooth L1 of fixed beta, masks half a pixel
-    off). A `mask_head` that is no module but the box head's function (C4) is not called again there: both branches have
-    the same features.
+    """Overrides `forward` in training, where torchvision's calls losses by name (smooth L1 of fixed beta, masks half a
+    pixel off). C4's `mask_head` is no module but the box head's function: in training, its features serve both.
     """
 
     def forward(self, features, proposals, image_shapes, targets=None):

@@ -31,8 +31,14 @@ from timm_cgh.loss import CONTEXTS
 from timm_cgh.models.backbone import check_model
 
 COMMANDS = {
-    name: getattr(benchmarks, f'benchmark_{name}')
-    for name in ('step', 'loss', 'processes', 'variants', 'data', 'e2e', 'knn')}
+    'step': benchmarks.benchmark_step,
+    'loss': benchmarks.benchmark_loss,
+    'processes': benchmarks.benchmark_processes,
+    'variants': benchmarks.benchmark_variants,
+    'data': benchmarks.benchmark_data,
+    'e2e': benchmarks.benchmark_e2e,
+    'knn': benchmarks.benchmark_knn,
+}
 
 parser = Parser(__doc__)
 commands = parser.add_subparsers(dest='command', required=True)

@@ -119,7 +119,7 @@ def list_tars(folder: str) -> List[str]:
         if entry.name.lower().endswith('.tar') and entry.is_file() and not _is_hidden(entry.name))
 
 
-def _find_images(walk: Callable, root: str, endings: Set[str]) -> Tuple[List[Tuple[Folders, _File]], Counter]:
+def _list_images(walk: Callable, root: str, endings: Set[str]) -> Tuple[List[Tuple[Folders, _File]], Counter]:
     """Files with one of these endings, and how many others there are of each kind."""
     found, ignored = [], Counter[str]()
     for folders, file in walk(root, ignored):
@@ -167,9 +167,9 @@ class FileReader(Reader):
         super().__init__()
         self.root = root
         endings = {*input_key.lower().split(';')} if input_key else {*image_endings(), *(('.npy',) if bands else ())}
-        found, ignored = _find_images(_walk_tars if os.path.isfile(root) else _walk, root, endings)
+        found, ignored = _list_images(_walk_tars if os.path.isfile(root) else _walk, root, endings)
         if not found and os.path.isdir(root) and list_tars(root):
-            found, ignored = _find_images(_walk_tars, root, endings)
+            found, ignored = _list_images(_walk_tars, root, endings)
         names, self.class_to_idx = _classify(
             [folders for folders, _ in found], load_class_map(class_map, root) if class_map else None)
         self.samples = sorted(

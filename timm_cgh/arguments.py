@@ -7,6 +7,7 @@ import re
 import reprlib
 import sys
 import traceback
+from functools import partial
 from typing import Any, Callable, Dict, Mapping, NoReturn, Optional, Sequence, Tuple, cast
 
 import torch
@@ -26,27 +27,25 @@ __all__ = [
 _CONFIGS = os.path.join(scripts.__path__[-1], 'configs')
 
 
-def _number(kind: type, low: float, high: float, wanted: str) -> Callable[[str], float]:
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            wanted_here = f'at most {high:.10g}' if value > high else wanted
-            raise argparse.ArgumentTypeError(f'must be {wanted_here}, got {text[:60]}')
-        return value
-    return convert
+def _number(kind: type, low: float, high: float, wanted: str, text: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        wanted = f'at most {high:.10g}' if value > high else wanted
+        raise argparse.ArgumentTypeError(f'must be {wanted}, got {text[:60]}')
+    return value
 
 
 _INT32, _FLOAT32 = torch.iinfo(torch.int32), torch.finfo(torch.float32)
-at_least_one = _number(int, 1, _INT32.max, 'a whole number of at least 1')
-natural = _number(int, 0, _INT32.max, 'a whole number of at least 0')
-random_seed = _number(int, 0, 2 ** 32 - 1, 'a whole number of at least 0')  # as NumPy takes them
-positive = _number(float, _FLOAT32.tiny, _FLOAT32.max, 'a positive number')
-non_negative = _number(float, 0, _FLOAT32.max, 'a number of at least 0')
-fraction = _number(float, 0, 1, 'a number from 0 to 1')
-deviation = _number(float, 1e-6, 1, 'a number above 0 (pixels are in [0, 1])')
+at_least_one = partial(_number, int, 1, _INT32.max, 'a whole number of at least 1')
+natural = partial(_number, int, 0, _INT32.max, 'a whole number of at least 0')
+random_seed = partial(_number, int, 0, 2 ** 32 - 1, 'a whole number of at least 0')  # as NumPy takes them
+positive = partial(_number, float, _FLOAT32.tiny, _FLOAT32.max, 'a positive number')
+non_negative = partial(_number, float, 0, _FLOAT32.max, 'a number of at least 0')
+fraction = partial(_number, float, 0, 1, 'a number from 0 to 1')
+deviation = partial(_number, float, 1e-6, 1, 'a number above 0 (pixels are in [0, 1])')
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import os
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -245,22 +246,20 @@ class ShardReader(ReaderWds):
     def _lazy_init(self) -> None:
         super()._lazy_init()
         *_, decode, _ = self.ds.pipeline  # ..., decode, rename
-        timm_decode, keys = decode.args[0], set(self.input_key.split(';'))
+        self.ds.pipeline[-2] = wds.map(partial(self._decode_or_note, decode.args[0]))
 
-        def decode_or_note(sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-            try:
-                labels = {key: value for key, value in sample.items() if key not in keys}
-                decoded = timm_decode({'cls': b'-1', **labels, 'jpg': _PIXEL})
-                return decoded and {**decoded, 'jpg': self._decode(sample)}
-            except (TypeError, WdsTargetKeyError):
-                raise  # not the image is at fault but the settings
-            except Exception as error:
-                name = f"{sample['__url__']}/{sample['__key__']}"
-                self.unreadable.append(redact(f'{name} ({reason(error, 100)})'))
-                return None
-
-        self.ds.pipeline[-2] = wds.map(decode_or_note)
-
-    def _decode(self, sample: Dict[str, Any]) -> Any:
-        file = io.BytesIO(wds.filters.getfirst(sample, self.input_key))
-        return decode_image(open_image(file, self.decoding), self.decoding)
+    def _decode_or_note(self, timm_decode: Callable, sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        try:
+            keys = self.input_key.split(';')
+            labels = {key: value for key, value in sample.items() if key not in keys}
+            decoded = timm_decode({'cls': b'-1', **labels, 'jpg': _PIXEL})
+            if not decoded:
+                return decoded
+            file = io.BytesIO(wds.filters.getfirst(sample, self.input_key))
+            return {**decoded, 'jpg': decode_image(open_image(file, self.decoding), self.decoding)}
+        except (TypeError, WdsTargetKeyError):
+            raise  # not the image is at fault but the settings
+        except Exception as error:
+            name = f"{sample['__url__']}/{sample['__key__']}"
+            self.unreadable.append(redact(f'{name} ({reason(error, 100)})'))
+            return None

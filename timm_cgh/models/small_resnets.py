@@ -80,9 +80,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _entry_point(variant: str) -> Callable[..., SmallResNet]:
-    name, form = variant.split('_')
-
     def create(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
+        name, form = variant.split('_')
         model_args = {**_BLOCKS[name], 'stem_pool': form == 's2', **kwargs}
         return build_model_with_cfg(SmallResNet, variant, pretrained, **model_args)
 

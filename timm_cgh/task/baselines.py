@@ -5,6 +5,7 @@ two contrastive views of an image and backpropagates through both, CGH through o
 importing this module without the library raises ImportError.
 """
 import copy
+from functools import partial
 from typing import Any, Dict, NamedTuple, Optional, Sequence
 
 import torch
@@ -101,11 +102,9 @@ def _nnclr(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
 def _dino(backbone: nn.Module, options: _Options) -> Dict[str, Any]:
     centred = losses.DINOLoss(options.prototypes)
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())  # not with a ViT
-
-    def projector() -> nn.Module:
-        return heads.DINOProjectionHead(
-            backbone.head_hidden_size, options.hidden_dim, options.embed_dim, options.prototypes, batch_norm)
-
+    projector = partial(
+        heads.DINOProjectionHead, backbone.head_hidden_size, options.hidden_dim, options.embed_dim, options.prototypes,
+        batch_norm)
     student = BaselineEncoder(backbone, projector())
     teacher = BaselineEncoder(copy.deepcopy(backbone), projector())  # torch cannot copy a weight norm
     teacher.load_state_dict(student.state_dict())

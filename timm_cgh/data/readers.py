@@ -246,11 +246,11 @@ class ShardReader(ReaderWds):
     def _lazy_init(self) -> None:
         super()._lazy_init()
         *_, decode, _ = self.ds.pipeline  # ..., decode, rename
-        self.ds.pipeline[-2] = wds.map(partial(self._decode_or_note, decode.args[0]))
+        self.ds.pipeline[-2] = wds.map(partial(self._decode_or_note, decode.args[0], set(self.input_key.split(';'))))
 
-    def _decode_or_note(self, timm_decode: Callable, sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    def _decode_or_note(
+            self, timm_decode: Callable, keys: Set[str], sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         try:
-            keys = self.input_key.split(';')
             labels = {key: value for key, value in sample.items() if key not in keys}
             decoded = timm_decode({'cls': b'-1', **labels, 'jpg': _PIXEL})
             if not decoded:

@@ -1,7 +1,7 @@
 """Registry entry points `cgh_resnet18` and `cgh_resnet50`: plain timm ResNets, and where their CGH weights are."""
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import timm
 import torch.nn as nn
@@ -35,16 +35,19 @@ def _folders() -> Dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(REPOSITORY.glob('weights/cgh_*/config.json'))}
 
 
-def _cfg(architecture: str, key: str = '', **kwargs: Any) -> PretrainedCfg:
+def _read_images(folder: Path) -> Dict[str, Any]:
+    """What a checkpoint's configuration says of its images, among other things; empty for a broken one."""
+    with suppress(InputError):  # whoever loads it is told what is wrong with it
+        return read_config(folder / 'config.json').get('pretrained_cfg', {})
+    return {}
+
+
+def _cfg(architecture: str, images: Mapping[str, Any], **kwargs: Any) -> PretrainedCfg:
     """timm configuration of the stock architecture without a classifier, for the images of a checkpoint.
 
     As in timm it describes the checkpoint whether its weights are loaded or not, so that random weights are evaluated
     on the same images. Without a checkpoint it is the paper's (Sec. 4.1), 224 px.
     """
-    images, folder = CHECKPOINTS.get(key, {}), _folders().get(key)
-    if folder is not None:
-        with suppress(InputError):  # whoever loads it is told what is wrong with it
-            images = read_config(folder / 'config.json').get('pretrained_cfg', {})
     return PretrainedCfg(**{
         'architecture': architecture,
         'num_classes': 0,
@@ -66,10 +69,10 @@ def published(name: str = '') -> List[str]:
 
 # timm lists these (timm.list_pretrained('cgh_*')); registering replaces 'architecture' by the entry point's own name
 default_cfgs = generate_default_cfgs({
-    'cgh_resnet18': _cfg('resnet18'),
-    'cgh_resnet50': _cfg('resnet50'),
-    **{key: _cfg('', key, file=str(folder / 'model.safetensors')) for key, folder in _folders().items()},
-    **{key: _cfg('', key, hf_hub_id=row['hf_hub_id']) for key, row in CHECKPOINTS.items()},
+    'cgh_resnet18': _cfg('resnet18', {}),
+    'cgh_resnet50': _cfg('resnet50', {}),
+    **{key: _cfg('', _read_images(path), file=str(path / 'model.safetensors')) for key, path in _folders().items()},
+    **{key: _cfg('', row, hf_hub_id=row['hf_hub_id']) for key, row in CHECKPOINTS.items()},
 })
 
 
@@ -113,7 +116,9 @@ def _create(
         if pretrained_cfg and key not in keys:
             available = ', '.join(keys) or 'none'
             raise InputError(f"{name}: no checkpoint tagged '{pretrained_cfg}' (available: {available})")
-        cfg = _cfg(architecture, key, tag=key.partition('.')[2] or None)
+        folder = _folders().get(key)
+        images = CHECKPOINTS.get(key, {}) if folder is None else _read_images(folder)
+        cfg = _cfg(architecture, images, tag=key.partition('.')[2] or None)
     cfg = resolve_pretrained_cfg(name, cfg, {'architecture': architecture, **overlay})
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         return _load_published(name, key, pretrained_cfg_overlay=overlay, **kwargs)
